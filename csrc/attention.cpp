@@ -1,0 +1,161 @@
+// Splits attention into tasks; the arithmetic is in attention_kernels.cpp.
+//
+// The context is cut into partitions of fixed length. Each is summed by itself and the sums are
+// merged in order, whether one thread does all partitions of a tile or many threads do one each:
+// so the split never changes a result.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "ops.h"
+#include "threads.h"
+
+namespace pronk {
+namespace {
+
+struct Tile {
+    int64_t seq, row, rows;    // rows of the packed step
+    int64_t kv_head, head, group;  // query heads head..head+group-1 share kv_head
+    int64_t partitions;
+};
+
+constexpr int64_t kPartition = kKvPartition * kKvBlock;
+
+std::vector<Tile> list_tiles(const KvLayer& kv, const BatchView& batch, int64_t query_heads) {
+    std::vector<Tile> tiles;
+    const int64_t group = query_heads / kv.heads, step = std::min<int64_t>(group, kTileVectors);
+    const int64_t tile_rows = std::max<int64_t>(1, kTileVectors / group);
+    for (int64_t s = 0; s < batch.n_seqs; ++s)
+        for (int64_t row = batch.starts[s]; row < batch.starts[s + 1]; row += tile_rows) {
+            const int64_t rows = std::min<int64_t>(tile_rows, batch.starts[s + 1] - row);
+            const int64_t partitions = batch.positions[row + rows - 1] / kPartition + 1;
+            for (int64_t g = 0; g < kv.heads; ++g)
+                for (int64_t h = 0; h < group; h += step)
+                    tiles.push_back({s, row, rows, g, g * group + h, std::min(step, group - h), partitions});
+        }
+    return tiles;
+}
+
+// Working memory of one thread: scaled queries and two partial sums.
+struct Scratch {
+    std::vector<float> q, memory;
+    int64_t one;
+
+    explicit Scratch(const KvLayer& kv)
+        : q(kTileVectors * kv.head_dim), memory(2 * partial_size(kv)), one(partial_size(kv)) {}
+    Partial total() { return partial_at(memory.data()); }
+    Partial part() { return partial_at(memory.data() + one); }
+
+    static int64_t partial_size(const KvLayer& kv) { return kTileVectors * (2 + kv.padded_dim); }
+    static Partial partial_at(float* memory) {
+        return {memory, memory + kTileVectors, memory + 2 * kTileVectors};
+    }
+};
+
+QueryTile load_tile(const KvLayer& kv, const BatchView& batch, const Tile& tile, RowsView q, float* scaled) {
+    const float scale = 1.0f / std::sqrt(float(kv.head_dim));
+    for (int64_t r = 0; r < tile.rows; ++r) {
+        const float* from = q.data + (tile.row + r) * q.stride + tile.head * kv.head_dim;
+        for (int64_t i = 0; i < tile.group * kv.head_dim; ++i) scaled[r * tile.group * kv.head_dim + i] = from[i] * scale;
+    }
+    return {scaled, tile.rows, tile.group, tile.kv_head, batch.positions[tile.row], batch.lengths[tile.seq],
+            batch.blocks + tile.seq * batch.table_width};
+}
+
+void attend_one(const KvLayer& kv, const QueryTile& query, int64_t partition, const Partial& out) {
+    const int64_t last_position = query.first_position + query.rows - 1;
+    const int64_t first = partition * kKvPartition;
+    const int64_t last = std::min<int64_t>(first + kKvPartition, last_position / kKvBlock + 1);
+    kernels().attend(kv, query, first, last, out);
+}
+
+void clear(const Tile& tile, const KvLayer& kv, const Partial& total) {
+    const int64_t n = tile.rows * tile.group;
+    std::fill_n(total.largest, n, -INFINITY);
+    std::fill_n(total.sum, n, 0.0f);
+    std::fill_n(total.values, n * kv.padded_dim, 0.0f);
+}
+
+void write_out(const KvLayer& kv, const Tile& tile, int64_t query_heads, const Partial& total, float* o) {
+    for (int64_t r = 0; r < tile.rows; ++r)
+        for (int64_t h = 0; h < tile.group; ++h) {
+            const int64_t i = r * tile.group + h;
+            float* to = o + ((tile.row + r) * query_heads + tile.head + h) * kv.head_dim;
+            const float inverse = 1.0f / total.sum[i];
+            for (int64_t d = 0; d < kv.head_dim; ++d) to[d] = total.values[i * kv.padded_dim + d] * inverse;
+        }
+}
+
+void store_rows(const KvLayer& kv, const BatchView& batch, RowsView k, RowsView v) {
+    const auto one = [&](int64_t seq_head, int) {
+        const int64_t s = seq_head / kv.heads, g = seq_head % kv.heads;
+        for (int64_t t = batch.starts[s]; t < batch.starts[s + 1]; ++t) {
+            const int64_t position = batch.positions[t];
+            const int64_t block = batch.blocks[s * batch.table_width + position / kKvBlock];
+            kernels().store_key(kv, block, g, position % kKvBlock, k.data + t * k.stride + g * kv.head_dim);
+            kernels().store_value(kv, block, g, position % kKvBlock, v.data + t * v.stride + g * kv.head_dim);
+        }
+    };
+    const int64_t tasks = batch.n_seqs * kv.heads;
+    if (batch.starts[batch.n_seqs] < 16) {  // less work than waking a thread
+        for (int64_t i = 0; i < tasks; ++i) one(i, 0);
+    } else {
+        parallel_for(tasks, one);
+    }
+}
+
+// One task a tile; the thread walks its partitions.
+void attend_by_tile(const KvLayer& kv, const BatchView& batch, const std::vector<Tile>& tiles, int64_t query_heads,
+                    RowsView q, float* o) {
+    std::vector<Scratch> scratch(get_threads(), Scratch(kv));
+    parallel_for(int64_t(tiles.size()), [&](int64_t i, int thread) {
+        // the last tiles of a long prompt are the longest: they go first
+        const Tile& tile = tiles[tiles.size() - 1 - i];
+        Scratch& s = scratch[thread];
+        const QueryTile query = load_tile(kv, batch, tile, q, s.q.data());
+        clear(tile, kv, s.total());
+        for (int64_t p = 0; p < tile.partitions; ++p) {
+            attend_one(kv, query, p, s.part());
+            kernels().merge(tile.rows * tile.group, kv.padded_dim, s.total(), s.part());
+        }
+        write_out(kv, tile, query_heads, s.total(), o);
+    });
+}
+
+// One task a partition, for few tiles over a long context; merged afterwards.
+void attend_by_partition(const KvLayer& kv, const BatchView& batch, const std::vector<Tile>& tiles,
+                         int64_t query_heads, RowsView q, float* o) {
+    std::vector<std::pair<int64_t, int64_t>> tasks;
+    for (int64_t i = 0; i < int64_t(tiles.size()); ++i)
+        for (int64_t p = 0; p < tiles[i].partitions; ++p) tasks.emplace_back(i, p);
+    const int64_t one = Scratch::partial_size(kv), q_size = kTileVectors * kv.head_dim;
+    std::vector<float> parts(tasks.size() * one), scaled(get_threads() * q_size);
+    parallel_for(int64_t(tasks.size()), [&](int64_t i, int thread) {
+        const Tile& tile = tiles[tasks[i].first];
+        const QueryTile query = load_tile(kv, batch, tile, q, scaled.data() + thread * q_size);
+        attend_one(kv, query, tasks[i].second, Scratch::partial_at(parts.data() + i * one));
+    });
+    Scratch total(kv);
+    for (size_t i = 0; i < tasks.size(); ++i) {
+        const Tile& tile = tiles[tasks[i].first];
+        if (tasks[i].second == 0) clear(tile, kv, total.total());
+        kernels().merge(tile.rows * tile.group, kv.padded_dim, total.total(), Scratch::partial_at(parts.data() + i * one));
+        if (tasks[i].second + 1 == tile.partitions) write_out(kv, tile, query_heads, total.total(), o);
+    }
+}
+
+}  // namespace
+
+void attention(const KvLayer& kv, const BatchView& batch, int64_t query_heads, RowsView q, RowsView k, RowsView v,
+               float* o) {
+    store_rows(kv, batch, k, v);
+    const std::vector<Tile> tiles = list_tiles(kv, batch, query_heads);
+    int64_t partitions = 0;
+    for (const Tile& tile : tiles) partitions = std::max(partitions, tile.partitions);
+    if (partitions > 1 && int64_t(tiles.size()) < 8 * get_threads())
+        attend_by_partition(kv, batch, tiles, query_heads, q, o);
+    else
+        attend_by_tile(kv, batch, tiles, query_heads, q, o);
+}
+
+}  // namespace pronk

@@ -1,0 +1,259 @@
+// Attention of one key/value head over one partition of the context. Compiled once for each ISA.
+//
+// A tile holds the query vectors of a few rows and of all query heads that share the head, so each
+// key and value is read and converted once for all of them. Every number of a query vector is
+// computed by itself, block after block: it does not depend on its companions in the tile.
+#include "kernels.h"
+#include "simd.h"
+
+namespace pronk::PRONK_ISA {
+namespace {
+
+#if defined(__AVX512VNNI__)
+constexpr int kScoreRows = 6, kValueRows = 4, kValueVectors = 4;
+#elif defined(__AVX2__)
+constexpr int kScoreRows = 2, kValueRows = 2, kValueVectors = 4;
+#else
+constexpr int kScoreRows = 1, kValueRows = 1, kValueVectors = 4;
+#endif
+constexpr int kVectorsPerBlock = kKvBlock / W;
+constexpr float kNegInf = -__builtin_inff();
+
+template <KvType T>
+struct Stored;
+template <>
+struct Stored<KvType::F32> {
+    using type = float;
+    static PRONK_INLINE vf read(const float* p) { return load_f32(p); }
+    static void write(const float* x, int64_t n, float* to) { std::memcpy(to, x, n * sizeof(float)); }
+};
+template <>
+struct Stored<KvType::F16> {
+    using type = uint16_t;
+    static PRONK_INLINE vf read(const uint16_t* p) { return load_f16(p); }
+    static void write(const float* x, int64_t n, uint16_t* to) {
+        int64_t d = 0;
+        for (; d + W <= n; d += W) store_f16(to + d, load_f32(x + d));
+        for (; d < n; ++d) to[d] = f32_to_f16(x[d]);
+    }
+};
+template <>
+struct Stored<KvType::I8> {
+    using type = int8_t;
+    static PRONK_INLINE vf read(const int8_t* p) { return load_i8(p); }
+};
+
+template <KvType T>
+using stored_t = typename Stored<T>::type;
+
+template <KvType T>
+PRONK_INLINE const stored_t<T>* keys_of(const KvLayer& kv, int64_t block, int64_t g) {
+    return reinterpret_cast<const stored_t<T>*>(kv.k) + (block * kv.heads + g) * kv.head_dim * kKvBlock;
+}
+template <KvType T>
+PRONK_INLINE const stored_t<T>* values_of(const KvLayer& kv, int64_t block, int64_t g) {
+    return reinterpret_cast<const stored_t<T>*>(kv.v) + (block * kv.heads + g) * kv.padded_dim * kKvBlock;
+}
+
+// scores [MQ][32] = q [MQ][D] times keys [D][32]
+template <KvType T, int MQ>
+PRONK_INLINE void score_rows(const float* q, const stored_t<T>* keys, int64_t dim, float* scores) {
+    vf sum[MQ][kVectorsPerBlock] = {};
+    for (int64_t d = 0; d < dim; ++d) {
+        vf key[kVectorsPerBlock];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectorsPerBlock; ++v) key[v] = Stored<T>::read(keys + d * kKvBlock + v * W);
+#pragma GCC unroll 8
+        for (int m = 0; m < MQ; ++m)
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectorsPerBlock; ++v) sum[m][v] = fma(key[v], splat(q[m * dim + d]), sum[m][v]);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < MQ; ++m)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectorsPerBlock; ++v) store(scores + m * kKvBlock + v * W, sum[m][v]);
+}
+
+// Turns one vector's scores into weights: those past `visible` positions become 0. Returns the
+// factor by which sums so far shrink, and updates largest and sum.
+PRONK_INLINE float soften(float* scores, const float* scale, int64_t visible, float& largest, float& sum) {
+    vf s[kVectorsPerBlock], top = splat(kNegInf);
+    vi lane;
+    for (int i = 0; i < W; ++i) lane[i] = i;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectorsPerBlock; ++v) {
+        s[v] = load_f32(scores + v * W);
+        if (scale) s[v] *= load_f32(scale + v * W);
+        s[v] = lane + v * W < int32_t(visible) ? s[v] : splat(kNegInf);
+        top = max(top, s[v]);
+    }
+    const float peak = max_lanes(top);
+    const float next = peak > largest ? peak : largest;
+    const vf shift = splat(next);
+    vf total{};
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectorsPerBlock; ++v) {
+        s[v] = exp(s[v] - shift);
+        total += s[v];
+        store(scores + v * W, s[v]);
+    }
+    const float shrink = exp(splat(largest - next))[0];
+    sum = sum * shrink + sum_lanes(total);
+    largest = next;
+    return shrink;
+}
+
+// values_sum [MQ][Dp] = values_sum * shrink + weights [MQ][32] times values [n][Dp], NV vectors wide
+template <KvType T, int MQ, int NV>
+PRONK_INLINE void weigh_values(const float* weights, const float* shrink, const stored_t<T>* values, int64_t n,
+                               int64_t padded_dim, float* out) {
+    vf sum[MQ][NV];
+#pragma GCC unroll 8
+    for (int m = 0; m < MQ; ++m)
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) sum[m][v] = load_f32(out + m * padded_dim + v * W) * shrink[m];
+    for (int64_t i = 0; i < n; ++i) {
+        vf value[NV];
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) value[v] = Stored<T>::read(values + i * padded_dim + v * W);
+#pragma GCC unroll 8
+        for (int m = 0; m < MQ; ++m)
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) sum[m][v] = fma(value[v], splat(weights[m * kKvBlock + i]), sum[m][v]);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < MQ; ++m)
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) store(out + m * padded_dim + v * W, sum[m][v]);
+}
+
+template <KvType T, int MQ>
+PRONK_INLINE void weigh_rows(const float* weights, const float* shrink, const stored_t<T>* values, int64_t n,
+                             int64_t padded_dim, float* out) {
+    int64_t d = 0;
+    for (; d + kValueVectors * W <= padded_dim; d += kValueVectors * W)
+        weigh_values<T, MQ, kValueVectors>(weights, shrink, values + d, n, padded_dim, out + d);
+    for (; d < padded_dim; d += W) weigh_values<T, MQ, 1>(weights, shrink, values + d, n, padded_dim, out + d);
+}
+
+// Adds one block of keys and values to the partial sums of vectors `from`..n-1.
+template <KvType T>
+void attend_block(const KvLayer& kv, const QueryTile& tile, int64_t block_index, int64_t from, const Partial& out) {
+    const int64_t n = tile.rows * tile.group, dim = kv.head_dim, padded = kv.padded_dim;
+    const int64_t block = tile.blocks[block_index], start = block_index * kKvBlock;
+    float scores[kTileVectors * kKvBlock], shrink[kTileVectors];
+    const auto* keys = keys_of<T>(kv, block, tile.head);
+    int64_t i = from;
+    for (; i + kScoreRows <= n; i += kScoreRows)
+        score_rows<T, kScoreRows>(tile.q + i * dim, keys, dim, scores + i * kKvBlock);
+    for (; i < n; ++i) score_rows<T, 1>(tile.q + i * dim, keys, dim, scores + i * kKvBlock);
+
+    const int64_t at = (block * kv.heads + tile.head) * kKvBlock;
+    const float* k_scale = T == KvType::I8 ? kv.k_scale + at : nullptr;
+    for (i = from; i < n; ++i) {
+        const int64_t visible = tile.first_position + i / tile.group + 1 - start;
+        shrink[i] = soften(scores + i * kKvBlock, k_scale, visible, out.largest[i], out.sum[i]);
+        if constexpr (T == KvType::I8)
+            for (int v = 0; v < kVectorsPerBlock; ++v) {
+                float* p = scores + i * kKvBlock + v * W;
+                store(p, load_f32(p) * load_f32(kv.v_scale + at + v * W));
+            }
+    }
+    // positions past the context hold whatever an earlier owner left; their weight is 0, but
+    // 0 * infinity is not, so they are not read
+    const int64_t used = tile.length - start < kKvBlock ? tile.length - start : kKvBlock;
+    const auto* values = values_of<T>(kv, block, tile.head);
+    for (i = from; i + kValueRows <= n; i += kValueRows)
+        weigh_rows<T, kValueRows>(scores + i * kKvBlock, shrink + i, values, used, padded, out.values + i * padded);
+    for (; i < n; ++i)
+        weigh_rows<T, 1>(scores + i * kKvBlock, shrink + i, values, used, padded, out.values + i * padded);
+}
+
+template <KvType T>
+void attend_partition(const KvLayer& kv, const QueryTile& tile, int64_t first, int64_t last, const Partial& out) {
+    const int64_t n = tile.rows * tile.group;
+    for (int64_t i = 0; i < n; ++i) {
+        out.largest[i] = kNegInf;
+        out.sum[i] = 0;
+    }
+    for (int64_t i = 0; i < n * kv.padded_dim; ++i) out.values[i] = 0;
+    for (int64_t b = first; b < last; ++b) {
+        // rows before the block's first position see nothing of it
+        const int64_t hidden = b * kKvBlock - tile.first_position;
+        const int64_t from = hidden > 0 ? hidden * tile.group : 0;
+        if (from < n) attend_block<T>(kv, tile, b, from, out);
+    }
+}
+
+template <KvType T>
+void store_float_key(const KvLayer& kv, int64_t block, int64_t g, int64_t at, const float* x) {
+    auto* to = const_cast<stored_t<T>*>(keys_of<T>(kv, block, g)) + at;
+    stored_t<T> row[kMaxHeadDim];
+    Stored<T>::write(x, kv.head_dim, row);
+    for (int64_t d = 0; d < kv.head_dim; ++d) to[d * kKvBlock] = row[d];
+}
+
+template <KvType T>
+void store_float_value(const KvLayer& kv, int64_t block, int64_t g, int64_t at, const float* x) {
+    auto* to = const_cast<stored_t<T>*>(values_of<T>(kv, block, g)) + at * kv.padded_dim;
+    Stored<T>::write(x, kv.head_dim, to);
+    for (int64_t d = kv.head_dim; d < kv.padded_dim; ++d) to[d] = 0;
+}
+
+// int8 code of each of n floats at `to[i * step]`; returns the scale (largest magnitude / 127)
+float store_codes(const float* x, int64_t n, int8_t* to, int64_t step) {
+    float peak = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const float magnitude = __builtin_fabsf(x[i]);
+        peak = magnitude > peak ? magnitude : peak;
+    }
+    const float inverse = peak > 0 ? 127.0f / peak : 0.0f;
+    for (int64_t i = 0; i < n; ++i) to[i * step] = int8_t(float_to_bits(x[i] * inverse + 12582912.0f) - 0x4b400000);
+    return peak * (1.0f / 127.0f);
+}
+
+}  // namespace
+
+void attend(const KvLayer& kv, const QueryTile& tile, int64_t first, int64_t last, const Partial& out) {
+    switch (kv.type) {
+        case KvType::F32: return attend_partition<KvType::F32>(kv, tile, first, last, out);
+        case KvType::F16: return attend_partition<KvType::F16>(kv, tile, first, last, out);
+        case KvType::I8: return attend_partition<KvType::I8>(kv, tile, first, last, out);
+    }
+}
+
+void merge(int64_t n, int64_t padded_dim, const Partial& into, const Partial& other) {
+    for (int64_t i = 0; i < n; ++i) {
+        if (other.largest[i] == kNegInf) continue;  // the partition lies behind this row
+        const float largest = into.largest[i] > other.largest[i] ? into.largest[i] : other.largest[i];
+        const float a = exp(splat(into.largest[i] - largest))[0], b = exp(splat(other.largest[i] - largest))[0];
+        into.largest[i] = largest;
+        into.sum[i] = fma(splat(into.sum[i]), splat(a), splat(other.sum[i] * b))[0];
+        for (int64_t d = 0; d < padded_dim; d += W) {
+            float* to = into.values + i * padded_dim + d;
+            store(to, fma(load_f32(to), splat(a), load_f32(other.values + i * padded_dim + d) * b));
+        }
+    }
+}
+
+void store_key(const KvLayer& kv, int64_t block, int64_t g, int64_t at, const float* x) {
+    switch (kv.type) {
+        case KvType::F32: return store_float_key<KvType::F32>(kv, block, g, at, x);
+        case KvType::F16: return store_float_key<KvType::F16>(kv, block, g, at, x);
+        case KvType::I8:
+            kv.k_scale[(block * kv.heads + g) * kKvBlock + at] = store_codes(
+                x, kv.head_dim, const_cast<int8_t*>(keys_of<KvType::I8>(kv, block, g)) + at, kKvBlock);
+    }
+}
+
+void store_value(const KvLayer& kv, int64_t block, int64_t g, int64_t at, const float* x) {
+    switch (kv.type) {
+        case KvType::F32: return store_float_value<KvType::F32>(kv, block, g, at, x);
+        case KvType::F16: return store_float_value<KvType::F16>(kv, block, g, at, x);
+        case KvType::I8:
+            kv.v_scale[(block * kv.heads + g) * kKvBlock + at] = store_codes(
+                x, kv.head_dim, const_cast<int8_t*>(values_of<KvType::I8>(kv, block, g)) + at * kv.padded_dim, 1);
+    }
+}
+
+}  // namespace pronk::PRONK_ISA

@@ -1,0 +1,236 @@
+// The Python module `pronk.backends._cpu`: checks shapes and dtypes, releases the GIL, calls ops.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "memory.h"
+#include "ops.h"
+#include "pack.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using namespace pronk;
+
+template <int N>
+using Floats = nb::ndarray<float, nb::ndim<N>, nb::device::cpu, nb::c_contig>;
+template <int N>
+using ConstFloats = nb::ndarray<const float, nb::ndim<N>, nb::device::cpu, nb::c_contig>;
+template <int N>
+using Ints = nb::ndarray<const int32_t, nb::ndim<N>, nb::device::cpu, nb::c_contig>;
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::device::cpu>;
+// [T][heads][D], rows any stride apart: a slice of the merged q, k, v
+using Heads = nb::ndarray<float, nb::ndim<3>, nb::device::cpu>;
+
+void require(bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(what);
+}
+
+RowsView rows_of(const Heads& x) {
+    require(x.stride(2) == 1 && (x.shape(1) == 1 || x.stride(1) == int64_t(x.shape(2))),
+            "heads of a row must lie side by side");
+    return {x.data(), x.stride(0)};
+}
+
+const uint8_t* checked_rows(const Bytes& data, const KindInfo& info, int64_t k) {
+    require(k > 0 && k % info.elements == 0, "columns are no multiple of the kind's block");
+    require(int64_t(data.shape(1)) == k / info.elements * info.bytes, "row bytes do not match the columns");
+    require(data.stride(1) == 1, "the bytes of a row must lie side by side");
+    return data.data();
+}
+
+// A packed weight and the memory it lies in.
+class PackedWeight {
+  public:
+    PackedWeight(int64_t k, bool precise) {
+        weight_.k = k;
+        weight_.precise = precise;
+    }
+    PackedWeight(const PackedWeight&) = delete;
+
+    void append(int kind, const Bytes& data) {
+        const KindInfo info = kind_info(kind);
+        const uint8_t* from = checked_rows(data, info, weight_.k);
+        const int64_t rows = data.shape(0), stride = data.stride(0);
+        nb::gil_scoped_release release;
+        auto memory = std::make_unique<Memory>((rows + kPanel - 1) / kPanel * panel_bytes(info.pack, weight_.k));
+        pack_rows(Kind(kind), from, stride, rows, weight_.k, memory->data());
+        weight_.segments.push_back({info.pack, rows, memory->data()});
+        weight_.rows += rows;
+        nbytes_ += memory->size();
+        memories_.push_back(std::move(memory));
+    }
+
+    const Weight& weight() const { return weight_; }
+    size_t nbytes() const { return nbytes_; }
+
+  private:
+    Weight weight_;
+    std::vector<std::unique_ptr<Memory>> memories_;
+    size_t nbytes_ = 0;
+};
+
+// Keys and values of one layer.
+class KvMemory {
+  public:
+    KvMemory(int64_t n_blocks, int64_t heads, int64_t head_dim, const std::string& dtype) {
+        require(n_blocks > 0 && heads > 0 && head_dim > 0 && head_dim <= kMaxHeadDim, "kv: sizes out of range");
+        const KvType type = dtype == "f32" ? KvType::F32 : dtype == "f16" ? KvType::F16 : KvType::I8;
+        require(type != KvType::I8 || dtype == "int8", "kv: dtype must be f32, f16 or int8");
+        const int64_t width = type == KvType::F32 ? 4 : type == KvType::F16 ? 2 : 1;
+        const int64_t padded = (head_dim + 15) / 16 * 16, rows = n_blocks * heads * kKvBlock;
+        k_ = std::make_unique<Memory>(rows * head_dim * width);
+        v_ = std::make_unique<Memory>(rows * padded * width);
+        if (type == KvType::I8) scales_ = std::make_unique<Memory>(2 * rows * sizeof(float));
+        float* scales = scales_ ? reinterpret_cast<float*>(scales_->data()) : nullptr;
+        kv_ = {type, n_blocks, heads, head_dim, padded, k_->data(), v_->data(), scales, scales ? scales + rows : nullptr};
+    }
+
+    const KvLayer& kv() const { return kv_; }
+    size_t nbytes() const { return k_->size() + v_->size() + (scales_ ? scales_->size() : 0); }
+
+  private:
+    std::unique_ptr<Memory> k_, v_, scales_;
+    KvLayer kv_;
+};
+
+void py_linear(const PackedWeight& weight, const ConstFloats<2>& x, const Floats<2>& y) {
+    const Weight& w = weight.weight();
+    require(int64_t(x.shape(1)) == w.k, "linear: x has the wrong width");
+    require(y.shape(0) == x.shape(0) && int64_t(y.shape(1)) == w.rows, "linear: y has the wrong shape");
+    nb::gil_scoped_release release;
+    linear(w, x.shape(0), x.data(), y.data());
+}
+
+void py_rms_norm(const ConstFloats<2>& x, const ConstFloats<1>& w, float eps, const Floats<2>& y) {
+    require(x.shape(1) == w.shape(0) && x.shape(0) == y.shape(0) && x.shape(1) == y.shape(1), "rms_norm: shapes differ");
+    nb::gil_scoped_release release;
+    rms_norm(x.shape(0), x.shape(1), x.data(), w.data(), eps, nullptr, nullptr, y.data());
+}
+
+void py_add_rms_norm(const ConstFloats<2>& x, const ConstFloats<2>& residual, const ConstFloats<1>& w, float eps,
+                     const Floats<2>& sum, const Floats<2>& y) {
+    const size_t rows = x.shape(0), dim = x.shape(1);
+    require(dim == w.shape(0) && residual.shape(0) == rows && residual.shape(1) == dim && sum.shape(0) == rows &&
+                sum.shape(1) == dim && y.shape(0) == rows && y.shape(1) == dim,
+            "rms_norm: shapes differ");
+    nb::gil_scoped_release release;
+    rms_norm(rows, dim, x.data(), w.data(), eps, residual.data(), sum.data(), y.data());
+}
+
+void py_swiglu(const ConstFloats<2>& x, const Floats<2>& y) {
+    require(x.shape(0) == y.shape(0) && x.shape(1) == 2 * y.shape(1), "swiglu: shapes differ");
+    nb::gil_scoped_release release;
+    swiglu(y.shape(0), y.shape(1), x.data(), y.data());
+}
+
+void py_rope(const Heads& x, const ConstFloats<3>& cos_sin, const Ints<1>& positions) {
+    require(positions.shape(0) == x.shape(0) && 2 * cos_sin.shape(1) == x.shape(2) && cos_sin.shape(2) == 2,
+            "rope: shapes differ");
+    for (size_t t = 0; t < positions.shape(0); ++t)
+        require(positions(t) >= 0 && positions(t) < int64_t(cos_sin.shape(0)), "rope: position outside the table");
+    const RowsView view = rows_of(x);
+    nb::gil_scoped_release release;
+    rope(x.shape(0), x.shape(1), x.shape(2), view, cos_sin.data(), positions.data());
+}
+
+void check_batch(const KvLayer& kv, const BatchView& batch, int64_t rows) {
+    require(batch.starts[0] == 0 && batch.starts[batch.n_seqs] == rows, "attention: starts do not cover the rows");
+    for (int64_t s = 0; s < batch.n_seqs; ++s) {
+        const int64_t length = batch.lengths[s];
+        require(batch.starts[s] <= batch.starts[s + 1], "attention: starts must rise");
+        require(length <= batch.table_width * kKvBlock, "attention: block table is too short");
+        for (int64_t t = batch.starts[s]; t < batch.starts[s + 1]; ++t)
+            require(batch.positions[t] == length - (batch.starts[s + 1] - t), "attention: rows must be a sequence's last");
+        for (int64_t b = 0; b * kKvBlock < length; ++b) {
+            const int64_t block = batch.blocks[s * batch.table_width + b];
+            require(block >= 0 && block < kv.n_blocks, "attention: block outside the cache");
+        }
+        require(batch.starts[s] == batch.starts[s + 1] || batch.positions[batch.starts[s]] >= 0,
+                "attention: more rows than positions");
+    }
+}
+
+void py_attention(const Heads& q, const Heads& k, const Heads& v, const KvMemory& memory, const Ints<1>& positions,
+                  const Ints<1>& starts, const Ints<1>& lengths, const Ints<2>& blocks, const Floats<3>& o) {
+    const KvLayer& kv = memory.kv();
+    const int64_t rows = q.shape(0), heads = q.shape(1);
+    require(int64_t(q.shape(2)) == kv.head_dim && int64_t(k.shape(2)) == kv.head_dim && int64_t(v.shape(2)) == kv.head_dim,
+            "attention: head size differs from the cache's");
+    require(int64_t(k.shape(1)) == kv.heads && int64_t(v.shape(1)) == kv.heads && heads % kv.heads == 0,
+            "attention: heads do not match the cache's");
+    require(int64_t(k.shape(0)) == rows && int64_t(v.shape(0)) == rows && int64_t(positions.shape(0)) == rows &&
+                int64_t(o.shape(0)) == rows && o.shape(1) == q.shape(1) && o.shape(2) == q.shape(2),
+            "attention: rows differ");
+    const int64_t seqs = lengths.shape(0);
+    require(int64_t(starts.shape(0)) == seqs + 1 && int64_t(blocks.shape(0)) == seqs, "attention: sequences differ");
+    const BatchView batch{seqs, int64_t(blocks.shape(1)), positions.data(), starts.data(), lengths.data(), blocks.data()};
+    check_batch(kv, batch, rows);
+    const RowsView q_rows = rows_of(q), k_rows = rows_of(k), v_rows = rows_of(v);
+    nb::gil_scoped_release release;
+    attention(kv, batch, heads, q_rows, k_rows, v_rows, o.data());
+}
+
+void py_dequantize(int kind, const Bytes& data, const Floats<2>& out) {
+    const int64_t k = out.shape(1), stride = data.stride(0);
+    const uint8_t* from = checked_rows(data, kind_info(kind), k);
+    require(data.shape(0) == out.shape(0), "dequantize: rows differ");
+    nb::gil_scoped_release release;
+    for (int64_t t = 0; t < int64_t(out.shape(0)); ++t) dequantize_row(Kind(kind), from + t * stride, k, out.data() + t * k);
+}
+
+void py_embed(int kind, const Bytes& table, const Ints<1>& ids, const Floats<2>& out) {
+    const int64_t k = out.shape(1), stride = table.stride(0);
+    const uint8_t* from = checked_rows(table, kind_info(kind), k);
+    require(ids.shape(0) == out.shape(0), "embed: rows differ");
+    for (size_t t = 0; t < ids.shape(0); ++t)
+        require(ids(t) >= 0 && ids(t) < int64_t(table.shape(0)), "embed: token id outside the table");
+    nb::gil_scoped_release release;
+    for (size_t t = 0; t < ids.shape(0); ++t) dequantize_row(Kind(kind), from + ids(t) * stride, k, out.data() + t * k);
+}
+
+int64_t py_packed_bytes(int kind, int64_t rows, int64_t k) {
+    return (rows + kPanel - 1) / kPanel * panel_bytes(kind_info(kind).pack, k);
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+    m.def("isa", [] { return std::string(kernels().name); });
+    m.def("set_threads", &set_threads, "n"_a, nb::call_guard<nb::gil_scoped_release>());
+    m.def("get_threads", &get_threads);
+    m.def("hardware_threads", &hardware_threads);
+    m.def("packed_bytes", &py_packed_bytes, "kind"_a, "rows"_a, "k"_a);
+    m.def("measure_bandwidth", &measure_bandwidth, "threads"_a, "seconds"_a, nb::call_guard<nb::gil_scoped_release>());
+    m.def("measure_int8", &measure_int8, "threads"_a, "seconds"_a, nb::call_guard<nb::gil_scoped_release>());
+
+    nb::class_<PackedWeight>(m, "PackedWeight")
+        .def(nb::init<int64_t, bool>(), "k"_a, "precise"_a)
+        .def("append", &PackedWeight::append, "kind"_a, "data"_a)
+        .def_prop_ro("rows", [](const PackedWeight& w) { return w.weight().rows; })
+        .def_prop_ro("k", [](const PackedWeight& w) { return w.weight().k; })
+        .def_prop_ro("nbytes", &PackedWeight::nbytes);
+    nb::class_<KvMemory>(m, "KvMemory")
+        .def(nb::init<int64_t, int64_t, int64_t, const std::string&>(), "n_blocks"_a, "heads"_a, "head_dim"_a, "dtype"_a)
+        .def_prop_ro("nbytes", &KvMemory::nbytes);
+
+    m.def("linear", &py_linear, "weight"_a, "x"_a.noconvert(), "y"_a.noconvert());
+    m.def("rms_norm", &py_rms_norm, "x"_a.noconvert(), "w"_a.noconvert(), "eps"_a, "y"_a.noconvert());
+    m.def("add_rms_norm", &py_add_rms_norm, "x"_a.noconvert(), "residual"_a.noconvert(), "w"_a.noconvert(), "eps"_a,
+          "sum"_a.noconvert(), "y"_a.noconvert());
+    m.def("swiglu", &py_swiglu, "x"_a.noconvert(), "y"_a.noconvert());
+    m.def("rope", &py_rope, "x"_a.noconvert(), "cos_sin"_a.noconvert(), "positions"_a.noconvert());
+    m.def("attention", &py_attention, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "kv"_a,
+          "positions"_a.noconvert(), "starts"_a.noconvert(), "lengths"_a.noconvert(), "blocks"_a.noconvert(),
+          "o"_a.noconvert());
+    m.def("dequantize", &py_dequantize, "kind"_a, "data"_a.noconvert(), "out"_a.noconvert());
+    m.def("embed", &py_embed, "kind"_a, "table"_a.noconvert(), "ids"_a.noconvert(), "out"_a.noconvert());
+}

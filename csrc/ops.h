@@ -1,0 +1,34 @@
+// The ops that bindings.cpp offers to Python: they split work into tasks and call `kernels()`.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace pronk {
+
+// y[t][o] = sum over k of x[t][k] * weight[o][k]
+void linear(const Weight& weight, int64_t rows, const float* x, float* y);
+
+// y = x / rms(x) * w; with a residual, sum = x + residual is stored and normalized instead.
+void rms_norm(int64_t rows, int64_t dim, const float* x, const float* w, float eps, const float* residual,
+              float* sum, float* y);
+
+// y[t][f] = silu(x[t][f]) * x[t][width + f]
+void swiglu(int64_t rows, int64_t width, const float* x, float* y);
+
+// Rotates adjacent pairs in place; cos_sin [positions][head_dim/2][2].
+void rope(int64_t rows, int64_t heads, int64_t head_dim, RowsView x, const float* cos_sin,
+          const int32_t* positions);
+
+// Stores k and v at the rows' positions, then o = softmax(q k^T / sqrt(D)) v, causal; o [T][H][D].
+void attention(const KvLayer& kv, const BatchView& batch, int64_t query_heads, RowsView q, RowsView k,
+               RowsView v, float* o);
+
+// Bytes per second that `threads` threads read from memory beyond the caches; multiply-accumulates
+// of int8 per second that they compute in registers. Each measures for about `seconds`.
+double measure_bandwidth(int threads, double seconds);
+double measure_int8(int threads, double seconds);
+
+}  // namespace pronk

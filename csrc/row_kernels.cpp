@@ -1,0 +1,123 @@
+// Norm, activation and the loops that measure the machine. Compiled once for each ISA; also the
+// table of this ISA's functions.
+#include "kernels.h"
+#include "simd.h"
+
+namespace pronk::PRONK_ISA {
+
+extern const int group_rows;
+void linear_group(Pack, const LinearInputs&, const uint8_t*, int, float*);
+void quantize_row(const float*, int64_t, int8_t*, int8_t*, float*, int32_t*, float*);
+void attend(const KvLayer&, const QueryTile&, int64_t, int64_t, const Partial&);
+void merge(int64_t, int64_t, const Partial&, const Partial&);
+void store_key(const KvLayer&, int64_t, int64_t, int64_t, const float*);
+void store_value(const KvLayer&, int64_t, int64_t, int64_t, const float*);
+
+namespace {
+
+void rms_norm_row(int64_t dim, const float* x, const float* w, float eps, const float* residual, float* sum,
+                  float* y) {
+    vf squares[4] = {};
+    float tail = 0;
+    int64_t i = 0;
+    const float* from = x;
+    if (residual) {
+        for (; i + W <= dim; i += W) store(sum + i, load_f32(x + i) + load_f32(residual + i));
+        for (; i < dim; ++i) sum[i] = x[i] + residual[i];
+        from = sum;
+    }
+    for (i = 0; i + 4 * W <= dim; i += 4 * W)
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+            const vf value = load_f32(from + i + v * W);
+            squares[v] = fma(value, value, squares[v]);
+        }
+    for (; i < dim; ++i) tail += from[i] * from[i];
+    const float total = sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3])) + tail;
+    const float inverse = 1.0f / __builtin_sqrtf(total / float(dim) + eps);
+    for (i = 0; i + W <= dim; i += W) store(y + i, load_f32(from + i) * inverse * load_f32(w + i));
+    for (; i < dim; ++i) y[i] = from[i] * inverse * w[i];
+}
+
+void swiglu_row(int64_t width, const float* gate, const float* up, float* y) {
+    int64_t i = 0;
+    for (; i + W <= width; i += W) {
+        const vf g = load_f32(gate + i);
+        store(y + i, g / (1.0f + exp(-g)) * load_f32(up + i));
+    }
+    for (; i < width; ++i) y[i] = gate[i] / (1.0f + exp(splat(-gate[i]))[0]) * up[i];
+}
+
+// Sixteen sums of dot products that nothing but registers feeds. The assembly keeps the compiler
+// from moving sums to the stack, which would measure the stack.
+int64_t int8_burst(int64_t repeats) {
+    constexpr int kSums = 16;
+    [[maybe_unused]] int64_t macs = repeats * kSums * W * 4;
+#if defined(__AVX512VNNI__)
+    __m512i u = _mm512_set1_epi8(3), s = _mm512_set1_epi8(-2);
+    for (int64_t i = 0; i < repeats; ++i)
+        asm volatile(
+            "vpdpbusd %1, %0, %%zmm0\n vpdpbusd %1, %0, %%zmm1\n vpdpbusd %1, %0, %%zmm2\n"
+            "vpdpbusd %1, %0, %%zmm3\n vpdpbusd %1, %0, %%zmm4\n vpdpbusd %1, %0, %%zmm5\n"
+            "vpdpbusd %1, %0, %%zmm6\n vpdpbusd %1, %0, %%zmm7\n vpdpbusd %1, %0, %%zmm8\n"
+            "vpdpbusd %1, %0, %%zmm9\n vpdpbusd %1, %0, %%zmm10\n vpdpbusd %1, %0, %%zmm11\n"
+            "vpdpbusd %1, %0, %%zmm12\n vpdpbusd %1, %0, %%zmm13\n vpdpbusd %1, %0, %%zmm14\n"
+            "vpdpbusd %1, %0, %%zmm15\n" ::"v"(u), "v"(s)
+            : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
+              "xmm12", "xmm13", "xmm14", "xmm15");
+    return macs;
+#elif defined(__AVX2__)
+    // the fastest int8 way without VNNI: multiply-add pairs, widen, add
+    __m256i u = _mm256_set1_epi8(3), s = _mm256_set1_epi8(-2), one = _mm256_set1_epi16(1);
+    for (int64_t i = 0; i < repeats; ++i)
+        for (int part = 0; part < 4; ++part)
+            asm volatile(
+                "vpmaddubsw %1, %0, %%ymm4\n vpmaddubsw %1, %0, %%ymm5\n vpmaddubsw %1, %0, %%ymm6\n"
+                "vpmaddubsw %1, %0, %%ymm7\n vpmaddwd %2, %%ymm4, %%ymm4\n vpmaddwd %2, %%ymm5, %%ymm5\n"
+                "vpmaddwd %2, %%ymm6, %%ymm6\n vpmaddwd %2, %%ymm7, %%ymm7\n vpaddd %%ymm4, %%ymm0, %%ymm0\n"
+                "vpaddd %%ymm5, %%ymm1, %%ymm1\n vpaddd %%ymm6, %%ymm2, %%ymm2\n vpaddd %%ymm7, %%ymm3, %%ymm3\n" ::"x"(u),
+                "x"(s), "x"(one)
+                : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7");
+    return macs;
+#else
+    vi sums[4] = {};
+    const vb codes = vb{} + uint8_t(3);
+    for (int64_t i = 0; i < repeats; ++i)
+        for (int k = 0; k < kSums; ++k) sums[k & 3] = dot4(sums[k & 3], codes, int32_t(i));
+    vi total = sums[0] + sums[1] + sums[2] + sums[3];
+    asm volatile("" : : "m"(total));
+    return macs;
+#endif
+}
+
+// Reads every byte, eight streams, prefetching 1 KiB ahead: what a decode step can hope for.
+int64_t read_burst(const uint8_t* data, size_t bytes) {
+    constexpr int kStreams = 8, kAhead = 1024;
+    const size_t stream = bytes / kStreams / 64 * 64;
+    vi sums[kStreams] = {};
+    for (size_t i = 0; i < stream; i += 64)
+#pragma GCC unroll 8
+        for (int s = 0; s < kStreams; ++s) {
+            const uint8_t* p = data + s * stream + i;
+            __builtin_prefetch(p + kAhead);
+#pragma GCC unroll 4
+            for (int part = 0; part < 64; part += W * 4) sums[s] += load<vi>(p + part);
+        }
+    vi total{};
+    for (const vi& sum : sums) total += sum;
+    asm volatile("" : : "m"(total));
+    return int64_t(stream * kStreams);
+}
+
+}  // namespace
+
+#define PRONK_STRING_OF(x) #x
+#define PRONK_STRING(x) PRONK_STRING_OF(x)
+
+extern const Kernels table;
+const Kernels table = {
+    PRONK_STRING(PRONK_ISA), group_rows, linear_group, quantize_row, rms_norm_row, swiglu_row, attend, merge,
+    store_key, store_value, int8_burst, read_burst,
+};
+
+}  // namespace pronk::PRONK_ISA

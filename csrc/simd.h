@@ -1,0 +1,191 @@
+// The few vector operations that kernels need, for the instruction set this file is compiled for.
+//
+// Kernel sources are compiled once for each ISA, into a namespace of its own (PRONK_ISA). Vectors
+// are the compiler's own (GCC and clang): + - * / and casts are written as such. What differs is
+// the width W and a handful of conversions. Everything here has internal linkage, so that code for
+// a newer ISA can never be linked into the older one.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "half.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace pronk::PRONK_ISA {
+namespace {
+
+#define PRONK_INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512VNNI__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint8_t vb __attribute__((vector_size(W * 4)));
+typedef int8_t vc __attribute__((vector_size(W)));  // one byte a lane
+typedef uint16_t vs __attribute__((vector_size(W * 4)));
+
+PRONK_INLINE vf splat(float x) { return x - vf{}; }
+PRONK_INLINE vi splat(int32_t x) { return x - vi{}; }
+PRONK_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+
+template <class V, class T>
+PRONK_INLINE V load(const T* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V, class T>
+PRONK_INLINE void store(T* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
+PRONK_INLINE vf load_f32(const float* p) { return load<vf>(p); }
+
+#if defined(__AVX512VNNI__)
+
+PRONK_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+PRONK_INLINE vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
+PRONK_INLINE vf load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+PRONK_INLINE void store_f16(uint16_t* p, vf v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+PRONK_INLINE vf load_bf16(const uint16_t* p) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+PRONK_INLINE vf load_i8(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+PRONK_INLINE vf load_u8(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+// acc + sum over i of codes[4l+i] * a[i], a being 4 signed bytes; exact
+PRONK_INLINE vi dot4(vi acc, vb codes, int32_t a) {
+    return reinterpret_cast<vi>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(codes), _mm512_set1_epi32(a)));
+}
+
+#elif defined(__AVX2__)
+
+PRONK_INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+PRONK_INLINE vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
+PRONK_INLINE vf load_f16(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+PRONK_INLINE void store_f16(uint16_t* p, vf v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+PRONK_INLINE vf load_bf16(const uint16_t* p) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
+PRONK_INLINE vf load_i8(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+PRONK_INLINE vf load_u8(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+// Two 16-bit halves: maddubs adds pairs of u8*s8 with saturation at 2^15, which codes over 127 would
+// reach, so codes and activations are widened instead where codes may be large (dot4), and codes up
+// to 63 take the short way (dot4_small: 2*63*127 < 2^15).
+PRONK_INLINE vi dot4_small(vi acc, vb codes, int32_t a) {
+    const __m256i pairs = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(codes), _mm256_set1_epi32(a));
+    return acc + reinterpret_cast<vi>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+PRONK_INLINE vi dot4(vi acc, vb codes, int32_t a) {
+    const __m256i u = reinterpret_cast<__m256i>(codes), low = _mm256_set1_epi16(0x00ff);
+    const __m256i s = _mm256_set1_epi32(a);
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, low), _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
+    return acc + reinterpret_cast<vi>(even) + reinterpret_cast<vi>(odd);
+}
+
+#else
+
+PRONK_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
+PRONK_INLINE vf max(vf a, vf b) { return reinterpret_cast<vf>(a > b ? reinterpret_cast<vi>(a) : reinterpret_cast<vi>(b)); }
+PRONK_INLINE vf load_f16(const uint16_t* p) {
+    return vf{f16_to_f32(p[0]), f16_to_f32(p[1]), f16_to_f32(p[2]), f16_to_f32(p[3])};
+}
+PRONK_INLINE void store_f16(uint16_t* p, vf v) {
+    for (int i = 0; i < W; ++i) p[i] = f32_to_f16(v[i]);
+}
+PRONK_INLINE vf load_bf16(const uint16_t* p) {
+    return vf{bf16_to_f32(p[0]), bf16_to_f32(p[1]), bf16_to_f32(p[2]), bf16_to_f32(p[3])};
+}
+PRONK_INLINE vf load_i8(const int8_t* p) { return vf{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+PRONK_INLINE vf load_u8(const uint8_t* p) { return vf{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+PRONK_INLINE vi dot4(vi acc, vb codes, int32_t a) {
+    const int8_t* s = reinterpret_cast<const int8_t*>(&a);
+    for (int lane = 0; lane < W; ++lane)
+        for (int i = 0; i < 4; ++i) acc[lane] += int32_t(codes[4 * lane + i]) * s[i];
+    return acc;
+}
+
+#endif
+
+// Small codes (up to 63) may take a shorter way than any byte.
+template <bool kSmall>
+PRONK_INLINE vi dot4_of(vi acc, vb codes, int32_t a) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+    if constexpr (kSmall) return dot4_small(acc, codes, a);
+#endif
+    return dot4(acc, codes, a);
+}
+
+PRONK_INLINE vb shift_right(vb v, int n) { return reinterpret_cast<vb>(reinterpret_cast<vs>(v) >> n); }
+PRONK_INLINE vb shift_left(vb v, int n) { return reinterpret_cast<vb>(reinterpret_cast<vs>(v) << n); }
+
+// exp(x), 0 below -87.3 and exp(88) above 88; about 1 unit in the last place (Cody-Waite reduction and the
+// degree-6 minimax polynomial of Cephes' expf). NaN stays NaN.
+PRONK_INLINE vf exp(vf x) {
+    const vi in_range = x > -87.3f;
+    x = x > 88.0f ? splat(88.0f) : x;
+    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const vf shifted = fma(x, splat(1.44269504f), magic);
+    const vf n = shifted - magic;
+    vf r = fma(n, splat(-0.693359375f), x);
+    r = fma(n, splat(2.12194440e-4f), r);
+    vf p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r) + 1.0f;
+    // n sits in the low mantissa bits of `shifted`; 127 more of it is an exponent
+    const vi exponent = (reinterpret_cast<vi>(shifted) + (127 - 0x4b400000)) << 23;
+    const vf y = p * reinterpret_cast<vf>(exponent);
+    const vi is_nan = x != x;
+    return reinterpret_cast<vf>((reinterpret_cast<vi>(y) & in_range) | (reinterpret_cast<vi>(x) & is_nan));
+}
+
+// Sum of the lanes, halves first: one fixed order for each width.
+PRONK_INLINE float sum_lanes(vf v) {
+    float lanes[W];
+    store(lanes, v);
+    for (int half = W / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+PRONK_INLINE float max_lanes(vf v) {
+    float lanes[W];
+    store(lanes, v);
+    float best = lanes[0];
+    for (int i = 1; i < W; ++i) best = lanes[i] > best ? lanes[i] : best;
+    return best;
+}
+
+}  // namespace
+}  // namespace pronk::PRONK_ISA

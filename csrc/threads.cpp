@@ -1,0 +1,157 @@
+#include "threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace pronk {
+namespace {
+
+constexpr auto kSpin = std::chrono::microseconds(300);  // then sleep; a step's next op comes sooner
+
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+struct alignas(64) Line {
+    std::atomic<uint64_t> value{0};
+};
+
+// The region at work is one word, `tasks << 32 | next`. A claim is a fetch_add on it and is valid
+// while next < tasks; whoever holds a valid claim keeps the caller waiting, so fn and context stay
+// true. A late thread finds next >= tasks and touches nothing.
+class Pool {
+  public:
+    void set_threads(int n) {
+        std::lock_guard lock(region_);
+        active_.store(n, std::memory_order_relaxed);
+    }
+
+    int threads() const { return active_.load(std::memory_order_relaxed); }
+
+    void run(int64_t n, TaskFn fn, void* context) {
+        if (n <= 0) return;
+        if (n == 1 || threads() == 1) {
+            for (int64_t task = 0; task < n; ++task) fn(context, task, 0);
+            return;
+        }
+        std::lock_guard lock(region_);
+        while (workers_ < threads() - 1) start(++workers_);
+        fn_ = fn;
+        context_ = context;
+        done_.value.store(0, std::memory_order_relaxed);
+        claim_.value.store(uint64_t(n) << 32, std::memory_order_seq_cst);
+        if (sleepers_.load(std::memory_order_seq_cst) > 0) {
+            wake_.fetch_add(1, std::memory_order_seq_cst);
+            wake_.notify_all();
+        }
+        while (run_one(0)) {
+        }
+        while (done_.value.load(std::memory_order_acquire) != uint64_t(n)) relax();
+    }
+
+  private:
+    static bool open(uint64_t claim) { return uint32_t(claim) < claim >> 32; }
+
+    bool run_one(int thread) {
+        // look first: a blind fetch_add by idle threads would run the counter up
+        if (!open(claim_.value.load(std::memory_order_acquire))) return false;
+        const uint64_t claim = claim_.value.fetch_add(1, std::memory_order_acq_rel);
+        if (!open(claim)) return false;
+        fn_(context_, int64_t(uint32_t(claim)), thread);
+        done_.value.fetch_add(1, std::memory_order_release);
+        return true;
+    }
+
+    void work(int index) {
+        for (;;) {
+            if (index < threads() && run_one(index)) continue;
+            const auto until = std::chrono::steady_clock::now() + kSpin;
+            bool found = false;
+            do {
+                for (int i = 0; i < 32 && !found; ++i) {
+                    found = index < threads() && open(claim_.value.load(std::memory_order_acquire));
+                    if (!found) relax();
+                }
+            } while (!found && std::chrono::steady_clock::now() < until);
+            if (!found) sleep(index);
+        }
+    }
+
+    void sleep(int index) {
+        const uint32_t seen = wake_.load(std::memory_order_seq_cst);
+        sleepers_.fetch_add(1, std::memory_order_seq_cst);
+        const bool work = index < threads() && open(claim_.value.load(std::memory_order_seq_cst));
+        if (!work) wake_.wait(seen, std::memory_order_seq_cst);
+        sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+    }
+
+    void start(int index) {
+        std::thread thread([this, index] { work(index); });
+        pin(thread, index);
+        thread.detach();
+    }
+
+    static void pin(std::thread& thread, int index) {
+        cpu_set_t allowed, one;
+        if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+        std::vector<int> cpus;
+        for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+            if (CPU_ISSET(cpu, &allowed)) cpus.push_back(cpu);
+        if (index >= int(cpus.size())) return;  // more threads than processors: let them float
+        CPU_ZERO(&one);
+        CPU_SET(cpus[index], &one);
+        pthread_setaffinity_np(thread.native_handle(), sizeof one, &one);
+    }
+
+    Line claim_, done_;
+    TaskFn fn_ = nullptr;
+    void* context_ = nullptr;
+    std::atomic<uint32_t> wake_{0};
+    std::atomic<int> sleepers_{0};
+    std::atomic<int> active_{1};
+    std::mutex region_;
+    int workers_ = 0;  // started so far; the caller is thread 0 and not among them
+};
+
+// Never destroyed: detached threads outlive static destructors. A forked child has none of the
+// threads, so it gets a pool of its own.
+std::atomic<Pool*> pool{nullptr};
+
+Pool& the_pool() {
+    static const bool once = [] {
+        pool = new Pool;
+        pthread_atfork(nullptr, nullptr, [] {
+            const int n = pool.load()->threads();
+            pool = new Pool;
+            pool.load()->set_threads(n);
+        });
+        return true;
+    }();
+    (void)once;
+    return *pool.load();
+}
+
+}  // namespace
+
+int hardware_threads() {
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
+    return std::max(1u, std::thread::hardware_concurrency());
+}
+
+void set_threads(int n) { the_pool().set_threads(std::max(1, n)); }
+int get_threads() { return the_pool().threads(); }
+void run_tasks(int64_t n, TaskFn fn, void* context) { the_pool().run(n, fn, context); }
+
+}  // namespace pronk

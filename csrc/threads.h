@@ -1,0 +1,27 @@
+// One pool of pinned threads for the whole process. Tasks are claimed from a counter, so a thread
+// that the machine has taken away delays only the task that it holds.
+#pragma once
+
+#include <cstdint>
+
+namespace pronk {
+
+using TaskFn = void (*)(void* context, int64_t task, int thread);
+
+// Threads of the parallel regions that follow, the caller included; results never depend on it.
+void set_threads(int n);
+int get_threads();
+int hardware_threads();  // processors that this process may use
+
+// Runs fn(context, task, thread) for task 0..n-1, thread 0..get_threads()-1, and returns when all
+// are done. Regions of several callers run one after another; a region must not start another.
+void run_tasks(int64_t n, TaskFn fn, void* context);
+
+template <class F>
+void parallel_for(int64_t n, const F& body) {
+    run_tasks(
+        n, [](void* f, int64_t task, int thread) { (*static_cast<const F*>(f))(task, thread); },
+        const_cast<F*>(&body));
+}
+
+}  // namespace pronk

@@ -1,0 +1,5 @@
+"""`python -m pronk`: the command line."""
+
+from pronk.cli.app import run
+
+run()

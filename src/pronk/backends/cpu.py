@@ -1,0 +1,131 @@
+"""The CPU backend: packed weights and SIMD kernels behind the ops contract.
+
+The only importer of the compiled module. Activations are NumPy float32; weights and keys/values
+are handles that live in native memory. What each op means is written in `backends/reference.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pronk.backends import _cpu
+from pronk.backends.formats import KINDS
+from pronk.backends.protocol import BLOCK, F32, I32, U8, Batch, KvDtype, RawTensor
+from pronk.backends.reference import from_host, kv_bytes, sample, take_rows, to_host
+from pronk.core.config import ModelConfig
+
+__all__ = [
+    "attention", "embed", "from_host", "hardware_threads", "isa", "kv_bytes", "linear",
+    "make_kv", "make_table", "make_vector", "make_weight", "measure_bandwidth", "measure_int8",
+    "name", "packed_bytes", "rms_norm", "rope", "sample", "set_threads", "swiglu", "take_rows",
+    "to_host",
+]  # fmt: skip
+
+name = "cpu"
+
+isa = _cpu.isa
+hardware_threads = _cpu.hardware_threads
+set_threads = _cpu.set_threads
+measure_bandwidth = _cpu.measure_bandwidth
+measure_int8 = _cpu.measure_int8
+
+
+def packed_bytes(kind: str, rows: int, cols: int) -> int:
+    """Bytes that a weight takes once it is loaded."""
+    return int(_cpu.packed_bytes(KINDS[kind].ggml_id, rows, cols))
+
+
+def make_weight(tensors: Sequence[RawTensor], *, precise: bool = False) -> _cpu.PackedWeight:
+    weight = _cpu.PackedWeight(tensors[0].shape[1], precise)
+    for tensor in tensors:
+        weight.append(KINDS[tensor.kind].ggml_id, tensor.data)
+    return weight
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """An embedding that stays in its file; rows are decoded when they are asked for."""
+
+    kind_id: int
+    data: U8
+    dim: int
+
+
+def make_table(tensor: RawTensor) -> Table:
+    return Table(KINDS[tensor.kind].ggml_id, tensor.data, tensor.shape[1])
+
+
+def make_vector(tensor: RawTensor) -> F32:
+    out = np.empty(tensor.shape, np.float32)
+    _cpu.dequantize(KINDS[tensor.kind].ggml_id, tensor.data, out)
+    return out.reshape(-1)
+
+
+def make_kv(config: ModelConfig, n_blocks: int, dtype: KvDtype) -> list[_cpu.KvMemory]:
+    G, K = config.n_kv_heads, config.head_dim
+    return [_cpu.KvMemory(n_blocks, G, K, dtype) for _ in range(config.n_layers)]
+
+
+def embed(ids_T: I32, table: Table) -> F32:
+    out_TD = np.empty((len(ids_T), table.dim), np.float32)
+    _cpu.embed(table.kind_id, table.data, ids_T, out_TD)
+    return out_TD
+
+
+def rms_norm(x_TD: F32, w_D: F32, eps: float, residual: F32 | None = None) -> Any:
+    y_TD = np.empty_like(x_TD)
+    if residual is None:
+        _cpu.rms_norm(x_TD, w_D, eps, y_TD)
+        return y_TD
+    sum_TD = np.empty_like(x_TD)
+    _cpu.add_rms_norm(x_TD, residual, w_D, eps, sum_TD, y_TD)
+    return y_TD, sum_TD
+
+
+def linear(x_TD: F32, weight: _cpu.PackedWeight) -> F32:
+    y_TO = np.empty((len(x_TD), weight.rows), np.float32)
+    _cpu.linear(weight, x_TD, y_TO)
+    return y_TO
+
+
+def rope(q_THK: F32, k_TGK: F32, cos_sin: F32, positions_T: I32) -> tuple[F32, F32]:
+    """Rotates in place: q and k are slices of the projection that nobody reads unrotated."""
+    _cpu.rope(q_THK, cos_sin, positions_T)
+    _cpu.rope(k_TGK, cos_sin, positions_T)
+    return q_THK, k_TGK
+
+
+def attention(
+    q_THK: F32, k_TGK: F32, v_TGK: F32, kv: _cpu.KvMemory | None, batch: Batch
+) -> F32:
+    if kv is None:
+        kv, batch = _own_rows_only(k_TGK, batch)
+    o_THK = np.empty(q_THK.shape, np.float32)
+    _cpu.attention(
+        q_THK, k_TGK, v_TGK, kv, batch.positions_T, batch.starts_S, batch.lengths_S,
+        batch.blocks_SB, o_THK,
+    )  # fmt: skip
+    return o_THK
+
+
+def _own_rows_only(k_TGK: F32, batch: Batch) -> tuple[_cpu.KvMemory, Batch]:
+    """A float32 cache for this one call, each sequence starting at position 0."""
+    _, G, K = k_TGK.shape
+    counts_S = np.diff(batch.starts_S)
+    blocks_S = -(-counts_S // BLOCK)
+    first_S = np.cumsum(blocks_S) - blocks_S
+    within_T = np.arange(len(k_TGK)) - np.repeat(batch.starts_S[:-1], counts_S)
+    table_SB = first_S[:, None] + np.arange(max(int(blocks_S.max()), 1))
+    kv = _cpu.KvMemory(max(int(blocks_S.sum()), 1), G, K, "f32")
+    return kv, Batch(
+        within_T.astype(np.int32), batch.starts_S, counts_S.astype(np.int32),
+        table_SB.astype(np.int32),
+    )  # fmt: skip
+
+
+def swiglu(gate_up_T2F: F32) -> F32:
+    y_TF = np.empty((gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2), np.float32)
+    _cpu.swiglu(gate_up_T2F, y_TF)
+    return y_TF

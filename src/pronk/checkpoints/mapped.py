@@ -1,0 +1,102 @@
+"""A read-only memory-mapped file, and words for what is wrong with one. No format knowledge."""
+
+import json
+import mmap
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from pronk.core.errors import CheckpointError
+
+U8: TypeAlias = npt.NDArray[np.uint8]
+
+
+def quoted(text: str) -> str:
+    """A name out of a file, made safe for a one-line message."""
+    return ascii(text if len(text) <= 100 else text[:100] + "...")
+
+
+class MappedFile:
+    """The bytes of a file. Callers check every range against `size` before they take it."""
+
+    def __init__(self, path: Path) -> None:
+        """CheckpointError when the file cannot be opened or is empty."""
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                # Length 0 means the whole file, and is refused for an empty one.
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise CheckpointError(f"{path}: the file is empty") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        self.size = len(self._map)
+        self._bytes: U8 = np.frombuffer(self._map, np.uint8)
+
+    def bytes(self, start: int, length: int) -> bytes:
+        """A copy of a few bytes; like a slice, shorter where the file ends."""
+        return self._map[start : start + length]
+
+    @property
+    def buffer(self) -> mmap.mmap:
+        """The mapping itself, for parsers."""
+        return self._map
+
+    def view(self, start: int, length: int) -> U8:
+        """`[length]` bytes that stay in the file until they are touched."""
+        assert min(start, length, self.size - start - length) >= 0, (start, length, self.size)
+        return self._bytes[start : start + length]
+
+    def release(self, start: int, length: int) -> None:
+        """Gives the pages of a range back to the system; they are read again when touched."""
+        if hasattr(mmap, "MADV_DONTNEED") and length:
+            first = start - start % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, first, start + length - first)
+
+    def releaser(self, start: int, length: int) -> "partial[None]":
+        return partial(self.release, start, length)
+
+    def close(self) -> None:
+        """Lets go of the mapping. It stays as long as somebody holds a view of it."""
+        self._bytes = np.empty(0, np.uint8)
+        try:
+            self._map.close()
+        except BufferError:
+            return
+
+
+def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
+    """The object in a JSON file of at most `limit` bytes, or CheckpointError."""
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise CheckpointError(f"{path}: {size} bytes, at most {limit} are allowed")
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    return parse_json(text, path)
+
+
+def parse_json(text: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in `text`; a name given twice is refused."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise CheckpointError(f"{path}: the JSON is nested too deeply") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: the JSON is no object but {type(value).__name__}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"{quoted(counts.most_common(1)[0][0])} is given twice")
+    return result

@@ -1,0 +1,42 @@
+"""`pronk pull`: gets a model onto this machine."""
+
+import click
+
+from pronk.cli.common import (
+    Text,
+    emit,
+    human_bytes,
+    json_option,
+    ref_of,
+    show_terms_once,
+    shown_progress,
+)
+
+
+@click.command()
+@click.argument("name", type=Text())
+@json_option
+def pull(name: str, as_json: bool) -> None:
+    """Download a model, verified, into the cache.
+
+    NAME is a catalog name or a Hugging Face id; OWNER/NAME:PART picks the GGUF file with PART in
+    its name. What is there already is not fetched again.
+    """
+    from pronk.checkpoints import pull as fetching
+
+    ref = ref_of(name)
+    show_terms_once(ref.licence)
+    with shown_progress() as progress:
+        model = fetching.pull(ref, progress=progress)
+    if as_json:
+        emit(
+            {
+                "name": model.name,
+                "path": str(model.path),
+                "bytes": model.nbytes,
+                "source": model.source,
+                "licence": model.licence or None,
+            }
+        )
+    else:
+        click.echo(f"{model.name}  {human_bytes(model.nbytes)}  {model.path}")

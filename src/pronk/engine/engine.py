@@ -1,0 +1,136 @@
+"""The engine: requests in, tokens and text out, one step at a time.
+
+Synchronous. Any thread may add, step and abort; a lock makes them take turns, so the thread that
+steps is the one that touches arrays at that moment, and all others see Python values only.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pronk.backends.protocol import Sampled
+from pronk.core.errors import UserError
+from pronk.engine.blocks import BlockPool
+from pronk.engine.request import FinishReason, Request
+from pronk.engine.scheduler import Scheduler, Slice
+
+
+class Computes(Protocol):
+    """What the engine wants of a model (`Runner`, or a fake one in a test)."""
+
+    def run(self, slices: Sequence[Slice]) -> list[Sampled | None]:
+        """Computes the slices; the drawn token of each that has `sample`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One request moved on."""
+
+    request: Request
+    token: int | None
+    """None: the request ended without one (nothing was to be drawn)."""
+    text: str
+    """Text that became certain; all of a request's texts joined are its answer."""
+    finish_reason: FinishReason | None
+
+
+class Engine:
+    """Runs any number of requests together on one model.
+
+    `n_blocks` is the size of the KV cache that `model` computes with. What a request answers
+    depends on neither these numbers nor on the other requests.
+    """
+
+    def __init__(
+        self,
+        model: Computes,
+        *,
+        vocab_size: int,
+        context: int,
+        n_blocks: int,
+        max_batch: int = 8,
+        token_budget: int = 512,
+        prefix_cache: bool = True,
+    ) -> None:
+        self._model = model
+        self._vocab_size = vocab_size
+        self._lock = threading.Lock()
+        self.scheduler = Scheduler(
+            BlockPool(n_blocks, prefix_cache=prefix_cache),
+            context=context,
+            max_batch=max_batch,
+            token_budget=token_budget,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def add(self, request: Request) -> None:
+        """Queues a request, if `check` has nothing against it."""
+        self.check(request)
+        with self._lock:
+            self.scheduler.add(request)
+
+    def check(self, request: Request) -> None:
+        """Raises UserError for a request that could never run: an empty prompt, one that does not
+        fit (ContextLengthError), token ids outside of the vocabulary."""
+        self.scheduler.check(request)
+        self._check_ids("prompt", request.ids)
+        if request.params is not None:
+            self._check_ids("logit_bias", [token for token, _ in request.params.logit_bias])
+            self._check_ids("stop_ids", request.params.stop_ids)
+
+    def step(self) -> list[Event]:
+        """Computes the next tokens of the requests whose turn it is."""
+        with self._lock:
+            slices = self.scheduler.schedule()
+            if not slices:
+                return []
+            drawn = self._model.run(slices)
+            return [
+                event
+                for done, sampled in zip(slices, drawn, strict=True)
+                if (event := self._advance(done, sampled))
+            ]
+
+    def abort(self, request: Request) -> bool:
+        """Ends a request where it stands; False if it had ended before."""
+        with self._lock:
+            if request.finished:
+                return False
+            self.scheduler.finish(request, "abort")
+            return True
+
+    def run(self, requests: Sequence[Request]) -> None:
+        """Adds the requests and steps until all of them have ended. If one is refused, or the run
+        is interrupted, none of them stays behind."""
+        try:
+            for request in requests:
+                self.add(request)
+            while not all(request.finished for request in requests):
+                self.step()
+        finally:
+            for request in requests:
+                self.abort(request)
+
+    def _advance(self, done: Slice, sampled: Sampled | None) -> Event | None:
+        """Books one slice; None if its request is still reading its prompt."""
+        request = done.request
+        self.scheduler.commit(done)
+        if sampled is None:
+            if request.params is not None or request.computed < request.known:
+                return None
+            self.scheduler.finish(request, "length")
+            return Event(request, None, "", "length")
+        text = request.append(sampled)
+        if request.finish_reason is not None:
+            self.scheduler.finish(request, request.finish_reason)
+        return Event(request, sampled.token, text, request.finish_reason)
+
+    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
+        if ids and not (min(ids) >= 0 and max(ids) < self._vocab_size):
+            wrong = next(token for token in ids if not 0 <= token < self._vocab_size)
+            raise UserError(f"{name}: token id {wrong} is not in 0 to {self._vocab_size - 1}")

@@ -1,0 +1,330 @@
+"""`LLM`: a loaded model to talk to. Text and messages in, text out; the engine does the work.
+
+Several threads may use one `LLM`; their requests run together in batches.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date as Date
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypedDict, Unpack, cast, overload
+
+import numpy as np
+
+from pronk.backends.protocol import F32, KV_DTYPES, KvDtype
+from pronk.backends.select import select_backend
+from pronk.checkpoints.open import Checkpoint, open_checkpoint
+from pronk.checkpoints.pull import locate
+from pronk.core.config import ModelConfig
+from pronk.core.errors import UserError
+from pronk.core.progress import Progress, silent
+from pronk.engine.engine import Engine
+from pronk.engine.load import load_model, load_tokenizer, recommended_sampling, weight_bytes
+from pronk.engine.memory import Need, fit, free_memory
+from pronk.engine.replies import Completion, Piece, Reply, ReplyText, completion_of, reply_of
+from pronk.engine.request import Request, SamplingParams
+from pronk.engine.runner import Runner
+from pronk.engine.sampling import TextOut, token_logprobs
+
+if TYPE_CHECKING:
+    from pronk.text.chat import ChatFormat
+    from pronk.text.messages import Message
+    from pronk.text.tokenizer import Tokenizer
+    from pronk.text.tools import Tool
+
+CHAT_DEFAULTS: Mapping[str, float] = {"temperature": 0.6, "top_p": 0.9}
+"""Meta's own (llama-models, generation.py); what comes with a model goes before them."""
+GENERATE_DEFAULTS: Mapping[str, float] = {"max_tokens": 16}
+"""Greedy: a raw completion shows what the model finds most likely."""
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Keyword arguments of `chat`, `stream` and `generate`; see SamplingParams for what they mean.
+    None stands for the default."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None
+    stop: str | Sequence[str] | None
+    stop_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    max_tokens: int | None
+    seed: int | None
+    logprobs: int | None
+
+
+Prompt: TypeAlias = str | list[int]
+Prompts: TypeAlias = list[str] | list[list[int]] | list[Prompt]
+
+
+class LLM:
+    """A model in memory.
+
+    `model` is a catalog name, a Hugging Face id or a path. `ctx` is the most tokens of a prompt and
+    its answer together; without it the model's own, at most 8192, or what there is memory for.
+    `threads` None: the backend's choice. `max_batch` requests at most share a step, which computes
+    at most `token_budget` tokens; neither changes an answer, nor does `prefix_cache`, which keeps
+    what has been computed for prompts that begin alike. Raises UserError, and MemoryLimitError
+    before anything is loaded that does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        ctx: int | None = None,
+        threads: int | None = None,
+        backend: str = "auto",
+        kv_dtype: KvDtype = "f16",
+        max_batch: int = 8,
+        token_budget: int = 512,
+        prefix_cache: bool = True,
+        progress: Progress = silent,
+    ) -> None:
+        _check_whole("max_batch", max_batch, 1, 4096)
+        _check_whole("token_budget", token_budget, 1, 1 << 20)
+        if threads is not None:
+            _check_whole("threads", threads, 1, 1024)
+        if kv_dtype not in KV_DTYPES:
+            raise UserError(f"kv_dtype: {kv_dtype!r} is not one of {', '.join(KV_DTYPES)}")
+        ops: Any = select_backend(backend)
+        self._checkpoint = checkpoint = open_checkpoint(locate(model, progress=progress))
+        self.config: ModelConfig = checkpoint.config
+        self.backend_name: str = ops.name
+        if ctx is not None:
+            _check_whole("ctx", ctx, 1, self.config.context)
+        self.context, n_blocks = self._plan(ops, ctx, kv_dtype, token_budget, max_batch)
+        self.tokenizer: Tokenizer = load_tokenizer(checkpoint)
+        _check_vocabulary(checkpoint, self.tokenizer)
+        self._recommended = recommended_sampling(checkpoint)
+        self._chat_format: list[ChatFormat | None] = []
+        weights = load_model(checkpoint, ops, n_positions=self.context, progress=progress)
+        runner = Runner(
+            ops, self.config, weights, n_blocks=n_blocks, kv_dtype=kv_dtype, threads=threads
+        )
+        self._engine: Engine | None = Engine(
+            runner,
+            vocab_size=self.config.vocab_size,
+            context=self.context,
+            n_blocks=n_blocks,
+            max_batch=max_batch,
+            token_budget=token_budget,
+            prefix_cache=prefix_cache,
+        )
+
+    def _plan(
+        self, ops: Any, ctx: int | None, kv_dtype: KvDtype, token_budget: int, max_batch: int
+    ) -> tuple[int, int]:
+        """Context and KV blocks that there is memory for."""
+        need = Need(
+            self.config,
+            weights=weight_bytes(self._checkpoint, ops),
+            kv_bytes=lambda n_blocks, dtype: ops.kv_bytes(self.config, n_blocks, dtype),
+            token_budget=token_budget,
+            max_batch=max_batch,
+        )
+        return fit(need, ctx, kv_dtype, free_memory())
+
+    @property
+    def chat_format(self) -> "ChatFormat | None":
+        """How this model's chats are written; None for a base model."""
+        if not self._chat_format:
+            from pronk.text.chat import chat_format_for
+
+            self._chat_format.append(chat_format_for(self.tokenizer))
+        return self._chat_format[0]
+
+    def chat(
+        self,
+        messages: "Sequence[Mapping[str, Any] | Message]",
+        *,
+        tools: "Sequence[Mapping[str, Any] | Tool] | None" = None,
+        builtin_tools: Sequence[str] = (),
+        tool_choice: str = "auto",
+        date: Date | str | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Reply:
+        """The assistant's answer to a chat.
+
+        Messages and tools are OpenAI dictionaries (or `Message` and `Tool`). Unless told otherwise
+        it samples as the model's makers recommend, else with CHAT_DEFAULTS, and stops where the
+        model does or the context is full. Raises ContextLengthError for a chat that leaves no room
+        for an answer, UserError for a model that cannot chat.
+        """
+        pieces = self.stream(
+            messages, tools=tools, builtin_tools=builtin_tools, tool_choice=tool_choice, date=date,
+            **options,
+        )  # fmt: skip
+        *_, last = pieces
+        assert last.reply is not None
+        return last.reply
+
+    def stream(
+        self,
+        messages: "Sequence[Mapping[str, Any] | Message]",
+        *,
+        tools: "Sequence[Mapping[str, Any] | Tool] | None" = None,
+        builtin_tools: Sequence[str] = (),
+        tool_choice: str = "auto",
+        date: Date | str | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[Piece]:
+        """As `chat`, in pieces: their texts joined are the reply's text, and the last one carries
+        the reply. Bad input is refused at the call; closing the iterator ends the generation."""
+        params = SamplingParams.of(options, {**CHAT_DEFAULTS, **self._recommended})
+        form = self.chat_format
+        if form is None:
+            raise UserError(
+                f"MODEL: {self._checkpoint.path.name} is a base model without a chat format;"
+                " use generate"
+            )
+        chat, offered = _checked_messages(messages), _checked_tools(tools)
+        rendered = form.render(
+            chat, tools=offered, builtin_tools=builtin_tools, tool_choice=tool_choice, date=date
+        )
+        callable_names = {*(tool.name for tool in offered), *builtin_tools}
+        text = ReplyText(
+            self.tokenizer, params.stop, callable_names if tool_choice != "none" else ()
+        )
+        request = self._request(rendered.ids, params, text)
+        self._open_engine().check(request)
+        return self._pieces(request, text)
+
+    def _pieces(self, request: Request, text: ReplyText) -> Iterator[Piece]:
+        engine = self._open_engine()
+        n_seen = 0
+        engine.add(request)
+        try:
+            while not request.finished:
+                engine.step()
+                if not request.finished and n_seen < len(request.pieces):
+                    new = request.pieces[n_seen:]
+                    n_seen += len(new)
+                    yield Piece("".join(new))
+            yield Piece("".join(request.pieces[n_seen:]), reply_of(request, text))
+        finally:
+            engine.abort(request)
+
+    @overload
+    def generate(self, prompt: Prompt, **options: Unpack[SamplingOptions]) -> Completion: ...
+
+    @overload
+    def generate(self, prompt: Prompts, **options: Unpack[SamplingOptions]) -> list[Completion]: ...
+
+    def generate(
+        self, prompt: Prompt | Prompts, **options: Unpack[SamplingOptions]
+    ) -> Completion | list[Completion]:
+        """Continues a text, a list of token ids, or several of either, which run together.
+
+        A text gets the model's BOS if it wants one; nothing in it becomes a special token. Greedy
+        and 16 tokens unless told otherwise.
+        """
+        params = SamplingParams.of(options, GENERATE_DEFAULTS)
+        if _is_one(prompt):
+            return self._generate([cast(Prompt, prompt)], params)[0]
+        return self._generate(cast(Prompts, prompt), params)
+
+    def _generate(
+        self, prompts: Prompts, params: SamplingParams
+    ) -> list[Completion]:
+        requests = [self._request(self._ids(p), params, self._text_out(params)) for p in prompts]
+        self._open_engine().run(requests)
+        return [completion_of(request) for request in requests]
+
+    def score(self, ids: Sequence[int]) -> F32:
+        """Log probability of each token given those before it, float32 `[T-1]`."""
+        logprobs = np.empty(max(0, len(ids) - 1), dtype=np.float32)
+
+        def observer(start: int, logits_NV: F32) -> None:
+            following = [int(token) for token in ids[start + 1 : start + 1 + len(logits_NV)]]
+            logprobs[start : start + len(following)] = token_logprobs(logits_NV, following)
+
+        self._open_engine().run([Request(ids, None, observer=observer)])
+        return logprobs
+
+    def logits(self, ids: Sequence[int]) -> F32:
+        """Logits at every position, float32 `[T, V]`."""
+        logits_TV = np.empty((len(ids), self.config.vocab_size), dtype=np.float32)
+
+        def observer(start: int, logits_NV: F32) -> None:
+            logits_TV[start : start + len(logits_NV)] = logits_NV
+
+        self._open_engine().run([Request(ids, None, observer=observer)])
+        return logits_TV
+
+    def close(self) -> None:
+        """Frees the model. Using it afterwards is a UserError."""
+        self._engine = None
+        self._checkpoint.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open_engine(self) -> Engine:
+        if self._engine is None:
+            raise UserError("LLM: this model has been closed; load it again")
+        return self._engine
+
+    def _request(
+        self, ids: Sequence[int], params: SamplingParams, text: TextOut | ReplyText
+    ) -> Request:
+        return Request(ids, params, eos_ids=self.tokenizer.stop_ids, text=text)
+
+    def _text_out(self, params: SamplingParams) -> TextOut:
+        return TextOut(
+            self.tokenizer.stream(), params.stop, n_tokens=self.tokenizer.vocab_size
+        )
+
+    def _ids(self, prompt: Prompt) -> Sequence[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos)
+        return prompt
+
+
+def _is_one(prompt: Prompt | Prompts) -> bool:
+    """One prompt, not several; an empty list is an empty prompt."""
+    if isinstance(prompt, str) or len(prompt) == 0:
+        return True
+    return not isinstance(prompt[0], (str, list, tuple, np.ndarray))  # noqa: UP038
+
+
+def _check_whole(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise UserError(f"{name}: {value!r} is not a whole number from {low} to {high}")
+
+
+def _check_vocabulary(checkpoint: Checkpoint, tokenizer: "Tokenizer") -> None:
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:
+        raise UserError(
+            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only"
+            f" {checkpoint.config.vocab_size}; they do not belong together"
+        )
+
+
+def _checked_messages(messages: Sequence[Any]) -> "list[Message]":
+    from pronk.text.messages import Message, messages_from_dicts, to_dict
+
+    if isinstance(messages, list | tuple):
+        messages = [to_dict(m) if isinstance(m, Message) else m for m in messages]
+    return messages_from_dicts(messages)
+
+
+def _checked_tools(tools: Sequence[Any] | None) -> "list[Tool]":
+    from pronk.text.tools import Tool, tools_from_dicts
+
+    if isinstance(tools, list | tuple):
+        tools = [tool.to_dict() if isinstance(tool, Tool) else tool for tool in tools]
+    return [] if tools is None else tools_from_dicts(tools)

@@ -1,0 +1,151 @@
+"""From an opened checkpoint to what the engine runs: weights of a backend, a tokenizer, and the
+sampling values that the model's makers recommend."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pronk.backends.protocol import KvDtype, Ops, RawTensor
+from pronk.checkpoints.checkpoint import Checkpoint
+from pronk.checkpoints.mapped import read_json
+from pronk.core.config import ModelConfig
+from pronk.core.errors import CheckpointError
+from pronk.core.progress import Progress, silent
+from pronk.model.llama import LayerWeights, LlamaWeights
+from pronk.model.rope import rope_table
+
+if TYPE_CHECKING:
+    from pronk.text.tokenizer import Tokenizer
+
+
+class LoadOps(Ops, Protocol):
+    """A backend that tells the sizes of what it would make."""
+
+    def packed_bytes(self, kind: str, rows: int, cols: int) -> int:
+        """Bytes of a linear weight once it is loaded."""
+        ...
+
+    def kv_bytes(self, config: ModelConfig, n_blocks: int, dtype: KvDtype) -> int:
+        """Bytes of the KV cache of all layers."""
+        ...
+
+
+MERGED = {"wqkv": ("wq", "wk", "wv"), "wo": ("wo",), "w_gate_up": ("w_gate", "w_up"),
+          "w_down": ("w_down",)}  # fmt: skip
+"""The linear weights of a layer, and the tensors that each is stacked from."""
+
+
+class _Loader:
+    """Hands tensors to a backend one after another, and their file pages back to the system, so
+    that no more than one weight is in memory twice."""
+
+    def __init__(self, checkpoint: Checkpoint, ops: Ops, progress: Progress) -> None:
+        self._checkpoint, self._ops, self._progress = checkpoint, ops, progress
+        self._done = 0
+
+    def weight(self, *names: str) -> Any:
+        tensors = [self._checkpoint.get(name) for name in names]
+        weight = self._ops.make_weight(tensors)
+        self._book(tensors)
+        return weight
+
+    def table(self, name: str) -> Any:
+        """Read by row, so not released: it may stay in the file."""
+        return self._ops.make_table(self._checkpoint.get(name))
+
+    def vector(self, name: str) -> Any:
+        tensor = self._checkpoint.get(name)
+        vector = self._ops.make_vector(tensor)
+        self._book([tensor])
+        return vector
+
+    def layer(self, i: int) -> LayerWeights:
+        linear = {
+            name: self.weight(*(f"layers.{i}.{part}" for part in parts))
+            for name, parts in MERGED.items()
+        }
+        norms = {name: self.vector(f"layers.{i}.{name}") for name in ("attn_norm", "ffn_norm")}
+        return LayerWeights(**linear, **norms)
+
+    def _book(self, tensors: Iterable[RawTensor]) -> None:
+        for tensor in tensors:
+            self._done += tensor.data.nbytes
+            tensor.release()
+        self._progress(min(self._done, self._checkpoint.nbytes), self._checkpoint.nbytes, "loading")
+
+
+def load_model(
+    checkpoint: Checkpoint, ops: Ops, *, n_positions: int, progress: Progress = silent
+) -> LlamaWeights:
+    """All weights of a checkpoint as handles of a backend, and rotary angles of `n_positions`.
+    Progress is in bytes of the checkpoint."""
+    config = checkpoint.config
+    loader = _Loader(checkpoint, ops, progress)
+    weights = LlamaWeights(
+        embed=loader.table("embed"),
+        layers=[loader.layer(i) for i in range(config.n_layers)],
+        norm=loader.vector("norm"),
+        output=loader.weight("embed" if config.tied_embeddings else "output"),
+        cos_sin=ops.from_host(rope_table(config, n_positions)),
+    )
+    progress(checkpoint.nbytes, checkpoint.nbytes, "loading")
+    return weights
+
+
+def weight_bytes(checkpoint: Checkpoint, ops: LoadOps) -> int:
+    """Bytes that the weights of a checkpoint take on a backend. The embedding table does not
+    count: it stays in its file."""
+    config = checkpoint.config
+    names = [f"layers.{i}.{part}" for i in range(config.n_layers) for part in _LINEAR]
+    names.append("embed" if config.tied_embeddings else "output")
+    tensors = (checkpoint.get(name) for name in names)
+    return sum(ops.packed_bytes(tensor.kind, *tensor.shape) for tensor in tensors)
+
+
+_LINEAR = tuple(part for parts in MERGED.values() for part in parts)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> "Tokenizer":
+    """The tokenizer that lies in or beside a checkpoint. Raises CheckpointError without one."""
+    from pronk.text import tokenizer
+
+    path = checkpoint.path
+    if checkpoint.format == "gguf":
+        return tokenizer.tokenizer_from_gguf(checkpoint.metadata)
+    if checkpoint.format == "hf":
+        return tokenizer.tokenizer_from_hf(path)
+    return tokenizer.tokenizer_from_meta(path / "tokenizer.model")
+
+
+_HF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_GGUF_SAMPLING = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
+                  "penalty_repeat": "repetition_penalty"}  # fmt: skip
+
+
+def recommended_sampling(checkpoint: Checkpoint) -> dict[str, float | int]:
+    """The sampling values that come with a model, by the names of SamplingParams: those of
+    generation_config.json, or the `general.sampling.*` keys of a GGUF; often none."""
+    if checkpoint.format == "gguf":
+        stored = {f"general.sampling.{key}": name for key, name in _GGUF_SAMPLING.items()}
+        return _numbers(checkpoint.path, checkpoint.metadata, stored)
+    path = checkpoint.path / "generation_config.json"
+    if checkpoint.format != "hf" or not path.exists():
+        return {}
+    values = read_json(path)
+    if values.get("do_sample") is False:
+        return {"temperature": 0}
+    return _numbers(path, values, {name: name for name in _HF_SAMPLING})
+
+
+def _numbers(
+    path: Path, values: Mapping[str, Any], names: Mapping[str, str]
+) -> dict[str, float | int]:
+    found = {}
+    for key, name in names.items():
+        value = values.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CheckpointError(f"{path}: {key} is {value!r:.60}, not a number")
+        found[name] = value
+    return found

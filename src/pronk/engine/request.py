@@ -1,0 +1,301 @@
+"""One request: what was asked, the tokens known so far, and how far they are computed.
+
+There is no prefill and no decode: `computed` chases `known`, and when it has caught up the next
+token is sampled. Plain Python values only, so that a request may be read from any thread.
+"""
+
+import itertools
+import time
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import Enum
+from numbers import Integral, Real
+from typing import Any, Literal, TypeAlias
+
+from pronk.backends.protocol import F32, Sampled, SampleParams
+from pronk.core.errors import UserError
+from pronk.engine.sampling import AnswerText, TokenLogprob, fresh_seed
+
+FinishReason: TypeAlias = Literal["stop", "length", "abort"]
+Observer: TypeAlias = Callable[[int, F32], None]
+"""Called as `observer(start, logits_NV)`: the logits of the prompt's positions from `start` on. A
+position comes again, with the same numbers, when a request was preempted."""
+
+MAX_LOGPROBS = 100
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of a request are chosen and when it ends. Every value is checked here: a bad
+    one raises UserError with the parameter, the value and what would work."""
+
+    temperature: float = 0.0
+    """0 is greedy: always the most likely token."""
+    top_k: int = 0
+    """Only the k most likely tokens; 0 is off."""
+    top_p: float = 1.0
+    """Only the most likely tokens that together reach this probability; 1 is off."""
+    min_p: float = 0.0
+    """Only tokens at least this fraction as likely as the most likely one; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of all tokens seen; 1 is off."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token in the output."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logit of every token in the output as often as it occurs there."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, amount added to its logit)."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer; the text is cut before the first one found."""
+    stop_ids: tuple[int, ...] = ()
+    """Token ids that end the answer, besides those of the model."""
+    ignore_eos: bool = False
+    """The model's own end tokens do not end the answer."""
+    max_tokens: int | None = None
+    """Most tokens of the answer; None: as many as the context has room for."""
+    seed: int | None = None
+    """Of the random numbers; None: a fresh one, which the answer reports."""
+    logprobs: int | None = None
+    """Report the log probability of each token and of this many of the likeliest; None: off."""
+
+    def __post_init__(self) -> None:
+        check = {
+            "temperature": _real(0, 100),
+            "top_k": _integer(0),
+            "top_p": _real(0, 1, positive=True),
+            "min_p": _real(0, 1),
+            "repetition_penalty": _real(0, 100, positive=True),
+            "presence_penalty": _real(-2, 2),
+            "frequency_penalty": _real(-2, 2),
+            "logit_bias": _bias,
+            "stop": _strings,
+            "stop_ids": _token_ids,
+            "ignore_eos": _boolean,
+            "max_tokens": _optional(_integer(1)),
+            "seed": _optional(_integer(0, MAX_SEED)),
+            "logprobs": _optional(_integer(0, MAX_LOGPROBS)),
+        }
+        for name, checked in check.items():
+            object.__setattr__(self, name, checked(name, getattr(self, name)))
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> "SamplingParams":
+        """From keyword arguments; one that is None takes the default. Lists, a single stop string
+        and a mapping for `logit_bias` are accepted. Raises TypeError for an unknown name."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise TypeError(f"unknown argument {name!r}; known are {', '.join(known)}")
+        given = {name: value for name, value in options.items() if value is not None}
+        return cls(**{**defaults, **given})
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether a logit depends on the tokens that came before."""
+        return self.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
+
+
+Check: TypeAlias = Callable[[str, Any], Any]
+
+
+def _real(low: float, high: float, *, positive: bool = False) -> Check:
+    limits = f"above {low:g} and at most {high:g}" if positive else f"from {low:g} to {high:g}"
+
+    def check(name: str, value: Any) -> float:
+        if isinstance(value, Real) and not isinstance(value, bool):
+            number = float(value)
+            if low <= number <= high and not (positive and number == low):  # false for a NaN
+                return number
+        raise UserError(f"{name}: {value!r} is not a number {limits}")
+
+    return check
+
+
+def _integer(low: int, high: int | None = None) -> Check:
+    limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            number = int(value)
+            if number >= low and (high is None or number <= high):
+                return number
+        raise UserError(f"{name}: {value!r} is not a whole number {limits}")
+
+    return check
+
+
+def _optional(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{name}: {value!r} is neither True nor False")
+    return value
+
+
+def _bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    try:
+        pairs = list(value.items()) if isinstance(value, Mapping) else [(i, b) for i, b in value]
+    except (TypeError, ValueError):
+        raise UserError(f"{name}: {value!r} does not map token ids to numbers") from None
+    token, amount = _integer(0), _real(-100, 100)
+    return tuple((token(f"{name} token", i), amount(f"{name}[{i!r}]", b)) for i, b in pairs)
+
+
+def _strings(name: str, value: Any) -> tuple[str, ...]:
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list | tuple) or not all(isinstance(s, str) and s for s in values):
+        raise UserError(f"{name}: {value!r} is not a non-empty string or a list of such")
+    return tuple(values)
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise UserError(f"{name}: {value!r} is not a list of token ids")
+    return tuple(_integer(0)(name, token) for token in value)
+
+
+class State(Enum):
+    NEW = "new"
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Request:
+    """A prompt on its way to an answer.
+
+    Without `params` nothing is sampled: the request ends once its prompt is computed, and its
+    `observer` is what it was for. With an observer no stored prefix is used, since a position has
+    to be computed to be seen.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None,
+        *,
+        eos_ids: frozenset[int] = frozenset(),
+        text: AnswerText | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        """`eos_ids` are the model's end tokens; `text` turns tokens into text and finds stop
+        strings, and without it an answer is token ids only."""
+        self.id = next(self._numbers)
+        self.params = params
+        self.observer = observer
+        self.ids = _as_array(prompt)
+        """All known tokens: the prompt, then the answer."""
+        self.n_prompt = len(self.ids)
+        self.computed = 0
+        """Tokens whose keys and values are stored."""
+        self.limit = 0
+        """Most tokens that may become known; set when the scheduler accepts the request."""
+        self.blocks = array("i")
+        """KV blocks of positions 0, BLOCK, 2 BLOCK, ..."""
+        self.keys: list[bytes] = []
+        """Keys of its full blocks, as far as they were needed."""
+        self.published = 0
+        """Full blocks, from the first, that the pool knows by key."""
+        self.state = State.NEW
+        self.finish_reason: FinishReason | None = None
+        self.cached: int | None = None
+        """Prompt tokens that were found stored when the request first ran."""
+        self.preemptions = 0
+        self.pieces: list[str] = []
+        """Text of the answer. Grows at its end only."""
+        self.logprobs: list[TokenLogprob] = []
+        self.seed = fresh_seed() if params is None or params.seed is None else params.seed
+        self.added_at = time.perf_counter()
+        self.first_token_at = self.last_token_at = self.added_at
+        self._text = text
+        self._ends = _end_ids(params, eos_ids)
+        self._fixed = {} if params is None else _fixed_sample_params(params, self.seed)
+
+    @property
+    def known(self) -> int:
+        return len(self.ids)
+
+    @property
+    def n_output(self) -> int:
+        return len(self.ids) - self.n_prompt
+
+    @property
+    def output(self) -> list[int]:
+        """Tokens of the answer, with the end token if there was one."""
+        return self.ids[self.n_prompt :].tolist()
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.params is not None and self.params.logprobs is not None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def finished(self) -> bool:
+        return self.state is State.FINISHED
+
+    def sample_params(self) -> SampleParams:
+        """How the next token is drawn."""
+        assert self.params is not None
+        if self.params.penalizes:
+            return SampleParams(
+                **self._fixed,
+                draw=self.n_output,
+                prompt_ids=self.ids[: self.n_prompt],
+                output_ids=self.ids[self.n_prompt :],
+            )
+        return SampleParams(**self._fixed, draw=self.n_output)
+
+    def append(self, sampled: Sampled) -> str:
+        """Takes the next token; the text that it makes certain. Sets `finish_reason` if it was
+        the last one."""
+        self.last_token_at = time.perf_counter()
+        if not self.n_output:
+            self.first_token_at = self.last_token_at
+        self.ids.append(sampled.token)
+        if sampled.logprob is not None:
+            self.logprobs.append(TokenLogprob(sampled.token, sampled.logprob, sampled.top))
+        piece = self._read(sampled.token)
+        if piece:
+            self.pieces.append(piece)
+        return piece
+
+    def _read(self, token: int) -> str:
+        text, ended = self._text, token in self._ends
+        piece = "" if ended or text is None else text.feed(token)
+        if not (ended or self.known >= self.limit or (text and text.stopped)):
+            return piece
+        if text is not None:
+            piece += text.finish()
+        self.finish_reason = "stop" if ended or (text and text.stopped) else "length"
+        return piece
+
+
+def _as_array(prompt: Sequence[int]) -> "array[int]":
+    try:
+        return array("i", prompt)
+    except (TypeError, OverflowError):
+        raise UserError(f"prompt: {prompt!r:.60} is not a list of token ids") from None
+
+
+def _end_ids(params: SamplingParams | None, eos_ids: frozenset[int]) -> frozenset[int]:
+    if params is None:
+        return frozenset()
+    return frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else eos_ids)
+
+
+def _fixed_sample_params(params: SamplingParams, seed: int) -> dict[str, Any]:
+    """What stays the same from draw to draw."""
+    same = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+            "frequency_penalty", "logit_bias")  # fmt: skip
+    fixed = {name: getattr(params, name) for name in same}
+    top_logprobs = -1 if params.logprobs is None else params.logprobs
+    return {**fixed, "seed": seed, "top_logprobs": top_logprobs}

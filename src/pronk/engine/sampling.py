@@ -1,0 +1,121 @@
+"""What sampling needs besides the backend's `sample`: the text of an answer as it grows, cut at its
+stop strings; log probabilities of tokens that are given, not drawn; fresh seeds.
+
+How a row of logits becomes a token is `sample` of the backend, specified in reference.py.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from pronk.backends.protocol import F32
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural log probability of a token given those before it, and of the likeliest instead."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log probability), the most likely first."""
+
+
+def token_logprobs(logits_NV: F32, ids_N: Sequence[int]) -> F32:
+    """Log-softmax of each row at one token id, float32 `[N]`; the sums are in float64."""
+    out_N = np.empty(len(ids_N), dtype=np.float32)
+    for row, token in enumerate(ids_N):  # a row at a time: [N, V] in float64 may be large
+        shifted_V = logits_NV[row] - logits_NV[row].max()
+        total = np.exp(shifted_V, dtype=np.float64).sum()
+        out_N[row] = shifted_V[token] - np.log(total)
+    return out_N
+
+
+def fresh_seed() -> int:
+    """A seed nobody chose: 32 random bits, short enough to be typed again."""
+    return int.from_bytes(os.urandom(4), "little")
+
+
+class TokenStream(Protocol):
+    """Incremental decoding (text/vocabulary.py's TextStream): never half a character."""
+
+    def push(self, id: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class AnswerText(Protocol):
+    """Makes the text of one answer out of its tokens."""
+
+    @property
+    def stopped(self) -> bool:
+        """The text is at its end, whatever follows."""
+        ...
+
+    def feed(self, token: int) -> str:
+        """Text that one more token makes certain."""
+        ...
+
+    def finish(self) -> str:
+        """The rest of the text, now that no token follows."""
+        ...
+
+
+class TextOut:
+    """The text of one answer, token by token.
+
+    Text that may turn out to be the start of a stop string is held back until that is decided, so
+    whatever `feed` returns is final, and all of it joined is the answer. The answer ends before
+    the first stop string found; `stopped` says that one was.
+    """
+
+    def __init__(
+        self, stream: TokenStream, stop: tuple[str, ...] = (), *, n_tokens: int | None = None
+    ) -> None:
+        """Ids from `n_tokens` on have no text: some models have more logits than their tokenizer
+        has tokens."""
+        self._stream = stream
+        self._n_tokens = n_tokens
+        self._stop = stop
+        self._held = ""
+        self._stopped = False
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped
+
+    def feed(self, token: int) -> str:
+        if self._n_tokens is not None and token >= self._n_tokens:
+            return ""
+        return self._advance(self._stream.push(token))
+
+    def finish(self) -> str:
+        if self._stopped:
+            return ""
+        text = self._advance(self._stream.flush()) + self._held
+        self._held = ""
+        return text
+
+    def _advance(self, piece: str) -> str:
+        if not self._stop:
+            return piece
+        text = self._held + piece
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self._stopped = True
+            self._held = ""
+            return text[: min(found)]
+        keep = max(_overlap(text, stop) for stop in self._stop)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of `text` that `stop` starts with (fewer than all of `stop`)."""
+    for n in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0

@@ -1,0 +1,169 @@
+"""Decides what each step computes. Knows requests and blocks, no arrays and no text.
+
+A request is `computed` tokens chasing `known` ones; a step moves each running request on by as many
+tokens as the budget leaves it: a long prompt in chunks, a request that has caught up by one. So
+chunked prefill, decoding, a stored prefix and the recomputation after a preemption are one case.
+
+First come, first served: running requests are ordered by arrival, and all of them came before all
+waiting ones. Where blocks run out the youngest running request gives its own back and waits again;
+its tokens are kept, only their keys and values are computed once more.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from pronk.backends.protocol import BLOCK
+from pronk.core.errors import ContextLengthError, UserError
+from pronk.engine.blocks import BlockPool, blocks_for, extend_keys
+from pronk.engine.request import FinishReason, Request, State
+
+OBSERVED_CHUNK = 128
+"""Rows of one step whose logits are all wanted: at a vocabulary of 128,256 they take 66 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """`n` >= 1 tokens of one request, from position `start`, computed in one step."""
+
+    request: Request
+    start: int
+    n: int
+    sample: bool
+    """The last of them is the newest known token, and the next one is to be drawn."""
+
+
+class Scheduler:
+    """`context`: most tokens of a request; `max_batch`: most requests of a step; `token_budget`:
+    most tokens of a step."""
+
+    def __init__(
+        self, pool: BlockPool, *, context: int, max_batch: int = 8, token_budget: int = 512
+    ) -> None:
+        sizes = {"ctx": context, "max_batch": max_batch, "token_budget": token_budget}
+        for name, value in sizes.items():
+            if value < 1:
+                raise UserError(f"{name}: {value} is not at least 1")
+        self.pool = pool
+        self.context = context
+        self.max_batch = max_batch
+        self.token_budget = token_budget
+        self.running: list[Request] = []
+        self.waiting: deque[Request] = deque()
+
+    def check(self, request: Request) -> None:
+        """Refuses a request that could never run: ContextLengthError, or UserError where it is the
+        KV cache that is too small."""
+        n, answer = request.n_prompt, 0 if request.params is None else 1
+        if n == 0:
+            raise UserError("prompt: it has no tokens; at least one is needed")
+        if n + answer > self.context:
+            raise ContextLengthError(n, self.context)
+        if n + answer > self._positions:
+            raise UserError(
+                f"prompt: {n} tokens do not fit the KV cache of {self._positions} positions"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queues a request that `check` lets pass."""
+        most = request.params.max_tokens if request.params else 0
+        limit = self.context if most is None else request.n_prompt + most
+        request.limit = min(limit, self.context, self._positions)
+        request.state = State.WAITING
+        self.waiting.append(request)
+
+    @property
+    def _positions(self) -> int:
+        return self.pool.n_blocks * BLOCK
+
+    def schedule(self) -> list[Slice]:
+        """The work of the next step, empty only if there are no requests. The blocks that it
+        writes to are in the tables of its requests; nothing else changes until `commit`."""
+        slices: list[Slice] = []
+        budget = self.token_budget
+        while budget and len(slices) < len(self.running):
+            request = self.running[len(slices)]
+            chunk = self._chunk(request, budget)
+            if self._make_room(request, chunk.n):  # else it was the youngest, and waits again
+                slices.append(chunk)
+                budget -= chunk.n
+        while budget and self.waiting and len(self.running) < self.max_batch:
+            request = self.waiting[0]
+            if not self._admit(request):
+                break
+            chunk = self._chunk(request, budget)
+            self._make_room(request, chunk.n)
+            slices.append(chunk)
+            budget -= chunk.n
+        return slices
+
+    def commit(self, done: Slice) -> None:
+        """The slice's keys and values are stored."""
+        request = done.request
+        request.computed = done.start + done.n
+        full = request.computed // BLOCK
+        if self.pool.prefix_cache and full > request.published:
+            extend_keys(request.keys, request.ids, full)
+            for i in range(request.published, full):
+                self.pool.publish(request.blocks[i], request.keys[i])
+            request.published = full
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """Ends a request, wherever it stands, and takes its blocks back."""
+        if request.state is State.RUNNING:
+            self.running.remove(request)
+        elif request.state is State.WAITING:
+            self.waiting.remove(request)
+        self._take_back(request)
+        request.state = State.FINISHED
+        request.finish_reason = reason
+
+    def _chunk(self, request: Request, budget: int) -> Slice:
+        n = min(request.known - request.computed, budget)
+        if request.observer is not None and request.computed < request.n_prompt:
+            n = min(n, OBSERVED_CHUNK)
+        last = request.computed + n == request.known
+        return Slice(request, request.computed, n, last and request.params is not None)
+
+    def _make_room(self, request: Request, n: int) -> bool:
+        """Gives a running request the blocks of its next n tokens, taking them from the youngest
+        where none is left; False if that was the request itself."""
+        missing = max(0, blocks_for(request.computed + n) - len(request.blocks))
+        while (blocks := self.pool.take(missing)) is None:
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is request:
+                return False
+        request.blocks.extend(blocks)
+        return True
+
+    def _admit(self, request: Request) -> bool:
+        """Lets the first waiting request run if there is room for all its tokens and one more:
+        with less it would soon have to go again."""
+        blocks: list[int] = []
+        n_stored = 0
+        if request.observer is None:
+            blocks, n_stored = self.pool.take_prefix(request.keys, request.ids)
+        wanted = blocks_for(min(request.known + 1, request.limit))
+        if wanted - len(blocks) > self.pool.available:
+            self.pool.give_back(blocks)
+            return False
+        request.blocks.extend(blocks)
+        request.computed, request.published = n_stored, len(blocks)
+        if request.cached is None:
+            request.cached = n_stored
+        request.state = State.RUNNING
+        self.running.append(self.waiting.popleft())
+        return True
+
+    def _preempt(self, youngest: Request) -> None:
+        assert youngest is self.running[-1]
+        self.running.pop()
+        self._take_back(youngest)
+        youngest.state = State.WAITING
+        youngest.preemptions += 1
+        self.waiting.appendleft(youngest)
+
+    def _take_back(self, request: Request) -> None:
+        self.pool.give_back(request.blocks)
+        del request.blocks[:]
+        request.computed = request.published = 0

@@ -1,0 +1,652 @@
+"""Reads what the assistant wrote into text and tool calls, piece by piece or whole.
+
+There is one parser, the incremental one; the whole parse is the incremental one fed once, so both
+agree whatever the pieces. Prose is passed on at once, only what may still become a call is held.
+Accepted are all forms that Llama models write (with `name` among the offered tools):
+
+    {"name": ..., "parameters": {...}}     also "arguments", "type": "function", a nested
+                                           "function", a list of these, Python quotes, no arguments
+    <function=name>{...}</function>        nested objects too; the closing tag may be missing
+    [name(a=1), name(b="x")]               every call of the list
+    name.call(query="...")                 built-in form
+    <|python_tag|>                         before any of these; else the rest is Python source,
+                                           a call of code_interpreter
+    ```json ... ```, <tool_call> ... </tool_call>, text before and after, several calls separated
+    by ";", "," or white space
+
+An unfinished or malformed call is text. If its arguments had begun to be streamed, it is taken
+back by a ToolCallAbort. Never evaluates anything.
+"""
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pronk.text.literals import Mismatch, Source, Steps, escaped, read_value
+from pronk.text.messages import ToolCall
+from pronk.text.tools import BUILTIN_CALLS
+
+if TYPE_CHECKING:
+    from pronk.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialToken:
+    """A special token in the output, by its text (`<|python_tag|>`, `<|eom_id|>`, ...)."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """More of the answer's text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallStart:
+    """A call begins; `index` counts the calls of this answer from 0."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallArgumentsDelta:
+    """More of the arguments' JSON text; the deltas of a call join to one JSON object."""
+
+    index: int
+    json: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallEnd:
+    """The call is complete."""
+
+    index: int
+    call: ToolCall
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallAbort:
+    """A call that had begun was no call after all; its source follows as text."""
+
+    index: int
+
+
+Event = TextDelta | ToolCallStart | ToolCallArgumentsDelta | ToolCallEnd | ToolCallAbort
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer: its text without the calls, and the calls in the order they were written."""
+
+    text: str
+    tool_calls: tuple[ToolCall, ...]
+
+    @staticmethod
+    def of(events: Iterable[Event]) -> "Reply":
+        """What a stream of events amounts to."""
+        events = list(events)
+        text = "".join(event.text for event in events if isinstance(event, TextDelta))
+        calls = tuple(event.call for event in events if isinstance(event, ToolCallEnd))
+        return Reply(text, calls)
+
+
+def parse_reply(
+    reply: str | Iterable[str | SpecialToken],
+    *,
+    tools: Collection[str] | None = None,
+    call_id: Callable[[int], str] | None = None,
+) -> Reply:
+    """Text and calls of a complete answer; see ReplyParser for `tools` and `call_id`.
+
+    A string is taken as text throughout; use `split_specials` for a transcript in which special
+    tokens are spelled out.
+    """
+    parser = ReplyParser(tools, call_id)
+    events: list[Event] = []
+    for piece in [reply] if isinstance(reply, str) else reply:
+        events += parser.push(piece)
+    return Reply.of(events + parser.finish())
+
+
+_SPELLED = re.compile(r"(<\|(?:python_tag|eom_id|eot_id|end_of_text)\|>)")
+_ASSISTANT_HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+
+
+def split_specials(transcript: str) -> list[str | SpecialToken]:
+    """Pieces for the parser from a raw transcript of Llama's output in which special tokens are
+    spelled out; a leading assistant header is dropped."""
+    pieces = _SPELLED.split(transcript.removeprefix(_ASSISTANT_HEADER))
+    return [SpecialToken(p) if i % 2 else p for i, p in enumerate(pieces) if p]
+
+
+class TokenReplyParser:
+    """A ReplyParser fed with token ids as they are generated."""
+
+    def __init__(
+        self,
+        tokenizer: "Tokenizer",
+        tools: Collection[str] | None = None,
+        call_id: Callable[[int], str] | None = None,
+    ) -> None:
+        self._stream = tokenizer.stream()
+        self._specials = {id: text for text, id in tokenizer.special_ids.items()}
+        self._parser = ReplyParser(tools, call_id)
+
+    def push(self, token_id: int) -> list[Event]:
+        """Events that `token_id` makes certain. A special token is a piece of its own."""
+        special = self._specials.get(token_id)
+        if special is None:
+            return self._parser.push(self._stream.push(token_id))
+        events = self._parser.push(self._stream.flush())
+        return events + self._parser.push(SpecialToken(special))
+
+    def finish(self) -> list[Event]:
+        """The rest; call once, after the last token."""
+        return self._parser.push(self._stream.flush()) + self._parser.finish()
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A call while it is being read; `json` is the JSON of its arguments so far."""
+
+    name: str | None = None
+    json: list[str] = field(default_factory=list)
+    n_sent: int = 0
+    """Entries of `json` that have been sent."""
+    complete: bool = False
+    """Whether `json` is."""
+    held: bool = False
+    """Whether the arguments are sent only when complete, as they may be renamed."""
+    started: bool = False
+    ended: bool = False
+
+
+_CODE = "code_interpreter"
+_CALL_KEYS = ("name", "parameters", "arguments", "type", "function", "id")
+_LANGUAGES = ("json", "tool_call", "tool_code", "python", "")
+_ANY_NAME = re.compile(r"[\w.\-/]{1,80}")
+_FORGET = 4096  # characters; dropping consumed text copies the rest
+_BETWEEN = re.compile(r"[\s;,]")
+_BETWEEN_CHARS = " \t\r\n;,"
+
+
+class ReplyParser:
+    """The incremental parser.
+
+    `tools` are the names that may be called; None accepts any name, an empty collection makes
+    everything text. `code_interpreter` among them makes Python source after `<|python_tag|>` a
+    call. `call_id(index)` makes the calls' ids; by default "call_0", "call_1", ...
+    White space around calls and separators between them are no text.
+    """
+
+    def __init__(
+        self,
+        tools: Collection[str] | None = None,
+        call_id: Callable[[int], str] | None = None,
+    ) -> None:
+        self._names = None if tools is None else frozenset(tools)
+        self._call_id = call_id or "call_{}".format
+        self._trigger = _trigger(self._names)
+        self._events: list[Event] = []
+        self._index = 0
+        self._draft = _Draft()
+        self._gap = ""  # white space (and separators, after a call) that may yet be dropped
+        self._after_call = False
+        self._any_text = False
+        self._mark = 0  # text from here on belongs to no finished call
+        self._finished = False
+        self._begin_segment(python=False)
+
+    def push(self, piece: str | SpecialToken) -> list[Event]:
+        """Events that `piece` makes certain."""
+        assert not self._finished, "push after finish"
+        if isinstance(piece, SpecialToken):
+            self._end_segment()
+            self._begin_segment(python=piece.text == "<|python_tag|>")
+        else:
+            self._source.push(piece)
+            self._resume()
+        return self._take_events()
+
+    def finish(self) -> list[Event]:
+        """The rest: what was held is decided as if nothing could follow."""
+        assert not self._finished, "finish called twice"
+        self._finished = True
+        self._end_segment()
+        if self._gap and not self._after_call:
+            self._events.append(TextDelta(self._gap))
+        return self._take_events()
+
+    # --- segments: the text between two special tokens -----------------------------------------
+
+    def _begin_segment(self, python: bool) -> None:
+        self._source = Source()
+        self._mark = 0
+        self._steps: Steps[None] | None = self._segment(python)
+
+    def _end_segment(self) -> None:
+        self._source.ended = True
+        self._resume()
+        assert self._steps is None, "a segment outlived its text"
+
+    def _resume(self) -> None:
+        if self._steps is not None:
+            try:
+                next(self._steps)
+            except StopIteration:
+                self._steps = None
+            self._flush()
+
+    def _take_events(self) -> list[Event]:
+        events, self._events = self._events, []
+        return _merged(events)
+
+    def _segment(self, python: bool) -> Steps[None]:
+        source = self._source
+        if python and self._names != frozenset():
+            yield from self._python()
+        while (yield from source.peek()):
+            if source.pos > _FORGET:
+                source.forget()
+            found = self._trigger and self._trigger.search(source.text, source.pos)
+            stop = found.start() if found else len(source.text)
+            if stop > source.pos:
+                self._text(source.text[source.pos : stop])
+                source.pos = stop
+            else:
+                yield from self._attempt(self._candidate())
+
+    def _attempt(self, steps: Steps[None]) -> Steps[None]:
+        """Read a call or more; what turns out to be none, up to where that shows, is text."""
+        self._mark = begun = self._source.pos
+        try:
+            yield from steps
+        except Mismatch:
+            if self._source.pos == begun:
+                self._source.pos += 1
+            self._abort()
+            self._text(self._source.text[self._mark : self._source.pos])
+
+    def _candidate(self) -> Steps[None]:
+        """One call, or calls in a wrapping, at a character that may begin them."""
+        source = self._source
+        c = yield from source.peek()
+        if c == "`":
+            yield from self._fence()
+        elif c == "<" and (yield from source.at("<tool_call>")):
+            yield from source.take("<tool_call>")
+            yield from self._wrapped("</tool_call>")
+        elif c == "<" and (yield from source.at("<|python_tag|>")):
+            yield from source.take("<|python_tag|>")
+            yield from source.token()
+            yield from self._call(bare=True)
+        else:
+            yield from self._call(bare=False)
+
+    def _fence(self) -> Steps[None]:
+        """One to three backticks and a language that calls are fenced with."""
+        source = self._source
+        start = source.pos
+        while source.pos - start < 3 and (yield from source.peek()) == "`":
+            source.pos += 1
+        ticks = source.text[start : source.pos]
+        for language in _LANGUAGES:
+            if (yield from source.at(language)):
+                yield from source.take(language)
+                break
+        yield from self._wrapped(ticks)
+
+    def _wrapped(self, close: str) -> Steps[None]:
+        """Calls up to `close`, which may be missing."""
+        yield from self._source.token()
+        yield from self._call(bare=False)
+        while True:
+            c = yield from self._source.skip(_BETWEEN)
+            closed = yield from self._source.at(close)
+            if closed:
+                yield from self._source.take(close)
+            if closed or not c:
+                self._mark = self._source.pos
+                return
+            yield from self._call(bare=False)
+
+    def _python(self) -> Steps[None]:
+        """After the python tag: calls, or else source code if code can be run."""
+        source = self._source
+        if not (yield from source.token()):
+            return
+        n_before = self._index
+        try:
+            while (yield from source.skip(_BETWEEN)):
+                self._mark = source.pos
+                yield from self._call(bare=True)
+        except Mismatch:
+            no_call = self._index == n_before and not self._draft.started
+            if no_call and (self._names is None or _CODE in self._names):
+                source.pos = 0
+                yield from self._code()
+            else:
+                self._abort()
+                self._text(source.text[self._mark : source.pos])
+
+    def _code(self) -> Steps[None]:
+        """Everything that is left, as source code."""
+        source = self._source
+        draft = self._draft = _Draft(_CODE, ['{"code": "'])
+        self._start(draft)
+        while (yield from source.peek()):
+            draft.json.append(escaped(source.text[source.pos :]))
+            source.pos = len(source.text)
+        draft.json.append('"}')
+        self._end(draft)
+
+    # --- the forms of a call --------------------------------------------------------------------
+
+    def _call(self, bare: bool) -> Steps[None]:
+        """One call or list of calls in any form; `bare` allows `name(...)` without brackets."""
+        c = yield from self._source.peek()
+        if c == "{":
+            yield from self._json_call()
+        elif c == "[":
+            yield from self._list()
+        elif c == "<":
+            yield from self._function_tag()
+        else:
+            openings = (".call(", "(") if bare and self._names else (".call(",)
+            names = self._names if bare or self._names else BUILTIN_CALLS
+            yield from self._keyword_call(openings, names)
+        self._mark = self._source.pos
+
+    def _json_call(self) -> Steps[None]:
+        draft = self._draft = _Draft()
+        yield from self._members(draft, nested=False)
+        if not draft.ended:
+            if draft.name is None:
+                raise Mismatch
+            draft.json, draft.complete = ["{}"], True
+            self._settle(draft)
+
+    def _members(self, draft: _Draft, nested: bool) -> Steps[None]:
+        source = self._source
+        yield from source.take("{")
+        while (yield from source.token()) != "}":
+            if draft.ended:  # the call stands; whatever else the object says is skipped
+                yield from read_value(source, [], ":")
+                yield from source.token()
+                yield from source.take(":")
+                yield from read_value(source, [], ",}")
+            else:
+                key = yield from self._quoted(_CALL_KEYS)
+                yield from source.token()
+                yield from source.take(":")
+                yield from source.token()
+                yield from self._member(draft, key, nested)
+                self._settle(draft)
+            if (yield from source.token()) == ",":
+                source.pos += 1
+            elif (yield from source.peek()) != "}":
+                raise Mismatch
+        source.pos += 1
+
+    def _member(self, draft: _Draft, key: str, nested: bool) -> Steps[None]:
+        c = yield from self._source.peek()
+        if key == "id":
+            yield from read_value(self._source, [], ",}")
+        elif key == "type":
+            yield from self._quoted(("function",))
+        elif key == "function" and c == "{" and not nested:
+            yield from self._members(draft, nested=True)
+        elif key in ("name", "function"):
+            draft.name = yield from self._quoted_name()
+            draft.held = draft.name in BUILTIN_CALLS
+        else:
+            yield from self._arguments(draft, c)
+
+    def _arguments(self, draft: _Draft, c: str) -> Steps[None]:
+        """An object, the JSON text of one (as OpenAI writes it), or null."""
+        if c == "{":
+            if draft.name is not None:
+                self._start(draft)
+            yield from read_value(self._source, draft.json, ",}")
+        else:
+            out: list[str] = []
+            yield from read_value(self._source, out, ",}")
+            draft.json = [json.dumps(_object_in("".join(out)), ensure_ascii=False)]
+        draft.complete = True
+
+    def _function_tag(self) -> Steps[None]:
+        source = self._source
+        yield from source.take("<function=")
+        name = yield from self._name((">", "{", "<"), self._names)
+        draft = self._draft = _Draft(name, held=name in BUILTIN_CALLS)
+        if source.text[source.pos - 1] != ">":  # a forgotten ">"
+            source.pos -= 1
+        if (yield from source.token()) == "{":
+            self._start(draft)
+            yield from read_value(source, draft.json, "<")
+        else:
+            yield from source.take("</function>")
+            draft.json.append("{}")
+        draft.complete = True
+        self._settle(draft)
+        end = source.pos
+        if (yield from source.token()) and (yield from source.at("</function>")):
+            yield from source.take("</function>")
+        else:
+            source.pos = end
+
+    def _list(self) -> Steps[None]:
+        """Calls in brackets: pythonic ones or JSON objects."""
+        source = self._source
+        yield from source.take("[")
+        while True:
+            if (yield from source.token()) == "{":
+                yield from self._json_call()
+            else:
+                yield from self._keyword_call(("(",), self._names)
+            self._mark = source.pos
+            if (yield from source.token()) == ",":
+                source.pos += 1
+            if (yield from source.token()) == "]":
+                source.pos += 1
+                return
+
+    def _keyword_call(self, openings: tuple[str, ...], names: frozenset[str] | None) -> Steps[None]:
+        """One of `names` and of `openings`, then keyword arguments and ")"."""
+        source = self._source
+        name = yield from self._name(openings, names)
+        draft = self._draft = _Draft(name, held=name in BUILTIN_CALLS)
+        out = draft.json
+        out.append("{")
+        while (yield from source.token()) != ")":
+            key = yield from self._keyword()
+            out.append(f'{", " if len(out) > 1 else ""}"{key}": ')
+            self._start(draft)
+            yield from read_value(source, out, ",)")
+            if (yield from source.token()) == ",":
+                source.pos += 1
+            elif (yield from source.peek()) != ")":
+                raise Mismatch
+        source.pos += 1
+        out.append("}")
+        draft.complete = True
+        self._settle(draft)
+
+    def _keyword(self) -> Steps[str]:
+        source = self._source
+        start = source.pos
+        while (c := (yield from source.peek())).isalnum() or c == "_":
+            source.pos += 1
+        word = source.text[start : source.pos]
+        if not word.isidentifier():
+            raise Mismatch
+        yield from source.token()
+        yield from source.take("=")
+        return word
+
+    # --- names ----------------------------------------------------------------------------------
+
+    def _quoted(self, words: tuple[str, ...]) -> Steps[str]:
+        """One of `words` in quotes; fails at the first character that none of them has there."""
+        quote = yield from self._source.peek()
+        if quote not in ('"', "'"):
+            raise Mismatch
+        self._source.pos += 1
+        for n in range(max(map(len, words)) + 1):
+            c = yield from self._source.peek()
+            start = self._source.pos - n
+            if c == quote and self._source.text[start : self._source.pos] in words:
+                self._source.pos += 1
+                return self._source.text[start : self._source.pos - 1]
+            so_far = self._source.text[start : self._source.pos] + c
+            if not c or not any(word.startswith(so_far) for word in words):
+                raise Mismatch
+            self._source.pos += 1
+        raise Mismatch
+
+    def _quoted_name(self) -> Steps[str]:
+        quote = yield from self._source.peek()
+        if quote not in ('"', "'"):
+            raise Mismatch
+        self._source.pos += 1
+        return (yield from self._name((quote,), self._names))
+
+    def _name(self, ends: tuple[str, ...], names: frozenset[str] | None) -> Steps[str]:
+        """One of `names` and one of `ends`, consumed; fails as soon as it can be neither."""
+        start = self._source.pos
+        while True:
+            word = self._source.text[start : self._source.pos]
+            for end in ends:
+                name = word.removesuffix(end)
+                if name != word and (name in names if names is not None else _is_name(name)):
+                    return name
+            c = yield from self._source.peek()
+            if not c or not _may_become(word + c, ends, names):
+                raise Mismatch
+            self._source.pos += 1
+
+    # --- what comes out -------------------------------------------------------------------------
+
+    def _text(self, text: str) -> None:
+        """Text that is certain; white space at its end waits to see whether a call follows."""
+        if self._names == frozenset():
+            self._events.append(TextDelta(text))
+            return
+        text = self._gap + text
+        if self._after_call:
+            if not text.strip(_BETWEEN_CHARS):
+                self._gap = text
+                return
+            self._after_call = False
+            if not self._any_text:
+                text = text.lstrip(_BETWEEN_CHARS)
+        body = text.rstrip()
+        self._gap = text[len(body) :]
+        if body:
+            self._any_text = True
+            self._events.append(TextDelta(body))
+
+    def _settle(self, draft: _Draft) -> None:
+        """Start and end the call if both its name and its arguments are known."""
+        if draft.name is not None and draft.complete and not draft.ended:
+            self._start(draft)
+            self._end(draft)
+
+    def _start(self, draft: _Draft) -> None:
+        if not draft.started:
+            assert draft.name is not None
+            draft.started = True
+            self._events.append(ToolCallStart(self._index, self._call_id(self._index), draft.name))
+
+    def _flush(self) -> None:
+        """Send what is there of the arguments of the call being read."""
+        draft = self._draft
+        if draft.started and not draft.held and (new := "".join(draft.json[draft.n_sent :])):
+            draft.n_sent = len(draft.json)
+            self._events.append(ToolCallArgumentsDelta(self._index, new))
+
+    def _end(self, draft: _Draft) -> None:
+        assert draft.name is not None
+        arguments = json.loads("".join(draft.json))
+        if draft.held:
+            arguments = _builtin_arguments(draft.name, arguments)
+            draft.json, draft.held = [json.dumps(arguments, ensure_ascii=False)], False
+        self._flush()
+        call = ToolCall(draft.name, arguments, self._call_id(self._index))
+        self._events.append(ToolCallEnd(self._index, call))
+        self._leave(draft)
+        self._gap = ""
+        self._after_call = True
+        self._mark = self._source.pos
+
+    def _abort(self) -> None:
+        if self._draft.started and not self._draft.ended:
+            self._events.append(ToolCallAbort(self._index))
+            self._leave(self._draft)
+
+    def _leave(self, draft: _Draft) -> None:
+        draft.ended = True
+        self._index += 1
+        self._draft = _Draft()
+
+
+def _trigger(names: frozenset[str] | None) -> re.Pattern[str] | None:
+    """What may begin a call in text: brackets and quotes of the wrapped forms, and at the start of
+    a word the first letter of a name that can be called; None if nothing can be called."""
+    if names == frozenset():
+        return None
+    firsts = "".join(sorted({re.escape(name[0]) for name in names or BUILTIN_CALLS}))
+    return re.compile(rf"[{{\[<`]|(?<![\w.])[{firsts}]")
+
+
+def _is_name(text: str) -> bool:
+    return _ANY_NAME.fullmatch(text) is not None
+
+
+def _may_become(word: str, ends: tuple[str, ...], names: frozenset[str] | None) -> bool:
+    """Whether one of `names` (None: any name) and one of `ends` can begin with `word`."""
+    if names is not None:
+        return any((name + end).startswith(word) for name in names for end in ends)
+    begun = _is_name(word[:-1]) or len(word) == 1
+    return begun and (_is_name(word[-1]) or word[-1] in {end[-1] for end in ends})
+
+
+def _builtin_arguments(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Built-in tools have one argument; called as custom tools, models give it other names."""
+    key = "code" if name == _CODE else "query"
+    return {key: next(iter(arguments.values()))} if len(arguments) == 1 else arguments
+
+
+def _object_in(text: str) -> dict[str, Any]:
+    """The object that JSON `text` stands for: null none, a string the object written in it."""
+    value = json.loads(text)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value, strict=False, parse_constant=_no_constant)
+        except (ValueError, RecursionError):
+            raise Mismatch from None
+    if value is not None and not isinstance(value, dict):
+        raise Mismatch
+    return value or {}
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)  # NaN and Infinity are not JSON
+
+
+def _merged(events: Iterable[Event]) -> list[Event]:
+    """The same events with neighbouring texts joined."""
+    merged: list[Event] = []
+    for event in events:
+        if merged and isinstance(event, TextDelta) and isinstance(last := merged[-1], TextDelta):
+            merged[-1] = TextDelta(last.text + event.text)
+        else:
+            merged.append(event)
+    return merged

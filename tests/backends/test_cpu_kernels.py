@@ -1,0 +1,277 @@
+"""Every kernel of the CPU backend against the NumPy reference, at every size around a tile's edge.
+
+Runs on the instruction set that the process has chosen; `test_isas.py` repeats it on the others.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from backends.random_weights import DENSE, random_tensor
+
+from pronk.backends import reference
+from pronk.backends.formats import KINDS, dequantize
+from pronk.backends.protocol import BLOCK, F32, KV_DTYPES, Batch, KvDtype
+from pronk.core.config import ModelConfig
+
+cpu = pytest.importorskip("pronk.backends.cpu", reason="the compiled core is not built")
+
+ROWS = (*range(1, 18), 31, 64, 130)
+
+
+@pytest.fixture(params=[1, 2, 3], ids=lambda n: f"threads{n}")
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    cpu.set_threads(request.param)
+    yield request.param
+    cpu.set_threads(1)
+
+
+def relative_error(got: F32, want: F32) -> float:
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def rounded_activations(x_TD: F32, levels: int) -> F32:
+    """What a kernel that quantizes activations in blocks of 32 sees."""
+    blocks = x_TD.reshape(len(x_TD), -1, 32)
+    peaks = np.abs(blocks).max(axis=-1, keepdims=True)
+    codes = np.rint(blocks * (np.float32(levels) / np.where(peaks > 0, peaks, 1)))
+    return (codes * (peaks / np.float32(levels))).reshape(x_TD.shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precise", [False, True], ids=["int8", "int16"])
+def test_linear_equals_reference_and_rows_are_independent(
+    kind: str, precise: bool, threads: int
+) -> None:
+    """Within 2e-6 of the product with the dequantized weight (activations rounded as documented);
+    and a row's numbers are bit for bit the same alone and among any number of other rows."""
+    rng = np.random.default_rng(1)
+    for outputs, inputs in ((7, 256), (16, 512), (40, 768), (100, 256), (130, 1280)):
+        tensor = random_tensor(kind, outputs, inputs, rng)
+        packed = cpu.make_weight([tensor], precise=precise)
+        dense = dequantize(kind, tensor.data).astype(np.float64)
+        x_TD = rng.standard_normal((max(ROWS), inputs)).astype(np.float32)
+        alone = np.concatenate([cpu.linear(x_TD[t : t + 1], packed) for t in range(len(x_TD))])
+        seen = x_TD if kind in DENSE else rounded_activations(x_TD, 127 * 256 if precise else 127)
+        assert relative_error(alone, seen.astype(np.float64) @ dense.T) < 2e-6
+        for rows in ROWS:
+            np.testing.assert_array_equal(cpu.linear(x_TD[:rows], packed), alone[:rows])
+
+
+@pytest.mark.parametrize("inputs", [1, 3, 20, 63, 64, 65, 130])
+def test_dense_linear_takes_any_number_of_inputs(inputs: int) -> None:
+    rng = np.random.default_rng(2)
+    tensor = random_tensor("F32", 33, inputs, rng)
+    x_TD = rng.standard_normal((5, inputs)).astype(np.float32)
+    want = reference.linear(x_TD, reference.make_weight([tensor]))
+    assert relative_error(cpu.linear(x_TD, cpu.make_weight([tensor])), want) < 2e-6
+
+
+def test_stacked_tensors_of_different_kinds() -> None:
+    """q and k in Q4_K beside v in Q6_K, as llama.cpp's mixed files have them."""
+    rng = np.random.default_rng(3)
+    tensors = [random_tensor(kind, n, 512, rng) for kind, n in (("Q4_K", 24), ("Q6_K", 40), ("F16", 9))]
+    x_TD = rng.standard_normal((9, 512)).astype(np.float32)
+    want = np.concatenate([cpu.linear(x_TD, cpu.make_weight([t])) for t in tensors], axis=1)
+    np.testing.assert_array_equal(cpu.linear(x_TD, cpu.make_weight(tensors)), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embedding_rows_are_the_dequantized_ones(kind: str) -> None:
+    tensor = random_tensor(kind, 50, 512, np.random.default_rng(4))
+    ids = np.array([3, 49, 0, 3], np.int32)
+    np.testing.assert_array_equal(
+        cpu.embed(ids, cpu.make_table(tensor)), reference.embed(ids, reference.make_table(tensor))
+    )
+
+
+def test_zero_and_outlier_activations() -> None:
+    """A row of zeros gives zeros; a huge outlier does not disturb other blocks' precision."""
+    rng = np.random.default_rng(5)
+    tensor = random_tensor("Q4_0", 32, 256, rng)
+    x_TD = np.zeros((2, 256), np.float32)
+    x_TD[1] = rng.standard_normal(256)
+    x_TD[1, 7] = 3e4
+    y_TO = cpu.linear(x_TD, cpu.make_weight([tensor]))
+    assert not y_TO[0].any()
+    want = rounded_activations(x_TD, 127) @ dequantize("Q4_0", tensor.data).T
+    assert relative_error(y_TO, want) < 2e-6
+
+
+@pytest.mark.parametrize("dim", [1, 15, 16, 17, 63, 64, 65, 576, 1000])
+def test_rms_norm(dim: int) -> None:
+    rng = np.random.default_rng(6)
+    x, residual = rng.standard_normal((2, 9, dim)).astype(np.float32)
+    w = rng.standard_normal(dim).astype(np.float32)
+    np.testing.assert_allclose(cpu.rms_norm(x, w, 1e-5), reference.rms_norm(x, w, 1e-5), rtol=2e-6, atol=1e-6)
+    got, got_sum = cpu.rms_norm(x, w, 1e-5, residual)
+    want, want_sum = reference.rms_norm(x, w, 1e-5, residual)
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-6)
+    np.testing.assert_array_equal(got_sum, want_sum)
+
+
+@pytest.mark.parametrize("width", [1, 3, 16, 17, 100, 1536])
+def test_swiglu(width: int) -> None:
+    rng = np.random.default_rng(7)
+    x = (rng.standard_normal((5, 2 * width)) * 10).astype(np.float32)
+    np.testing.assert_allclose(cpu.swiglu(x), reference.swiglu(x), rtol=3e-6, atol=1e-7)
+
+
+def test_swiglu_far_outside_the_range_of_exp() -> None:
+    gate = np.array([[-1e4, -100.0, -88.5, 0.0, 88.5, 100.0, 1e4, np.inf]], np.float32)
+    x = np.concatenate([gate, np.ones_like(gate)], axis=1)
+    np.testing.assert_allclose(cpu.swiglu(x), reference.swiglu(x), rtol=3e-6, atol=1e-30)
+
+
+def test_rope() -> None:
+    rng = np.random.default_rng(8)
+    cos_sin = rng.standard_normal((40, 10, 2)).astype(np.float32)
+    q, k = rng.standard_normal((7, 6, 20)).astype(np.float32), rng.standard_normal((7, 2, 20)).astype(np.float32)
+    positions = np.array([0, 39, 5, 6, 7, 8, 1], np.int32)
+    want = reference.rope(q, k, cos_sin, positions)
+    got = cpu.rope(q.copy(), k.copy(), cos_sin, positions)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-6, atol=1e-6)
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+
+def config_of(heads: int, kv_heads: int, head_dim: int) -> ModelConfig:
+    return ModelConfig(
+        dim=heads * head_dim, n_layers=1, n_heads=heads, n_kv_heads=kv_heads, head_dim=head_dim,
+        ffn_dim=64, vocab_size=64, context=4096,
+    )  # fmt: skip
+
+
+class Context:
+    """Random q, k, v of a few sequences over shuffled blocks, and both backends' caches."""
+
+    def __init__(self, config: ModelConfig, lengths: list[int], dtype: KvDtype, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        H, G, K = config.n_heads, config.n_kv_heads, config.head_dim
+        self.lengths = lengths
+        self.q = [rng.standard_normal((n, H, K)).astype(np.float32) for n in lengths]
+        self.k = [rng.standard_normal((n, G, K)).astype(np.float32) for n in lengths]
+        self.v = [rng.standard_normal((n, G, K)).astype(np.float32) for n in lengths]
+        width = max(-(-n // BLOCK) for n in lengths)
+        n_blocks = sum(-(-n // BLOCK) for n in lengths) + 3
+        free = iter(rng.permutation(n_blocks))
+        self.blocks = np.full((len(lengths), width), -1, np.int32)
+        for s, n in enumerate(lengths):
+            for b in range(-(-n // BLOCK)):
+                self.blocks[s, b] = next(free)
+        self.caches = {
+            "cpu": cpu.make_kv(config, n_blocks, dtype)[0],
+            "reference": reference.make_kv(config, n_blocks, dtype)[0],
+        }
+
+    def step(self, backend: str, spans: list[tuple[int, int]]) -> list[F32]:
+        """Rows first..last-1 of each sequence in one step; the outputs by sequence."""
+        module = cpu if backend == "cpu" else reference
+        starts = np.cumsum([0, *(last - first for first, last in spans)]).astype(np.int32)
+        batch = Batch(
+            np.concatenate([np.arange(*span) for span in spans]).astype(np.int32),
+            starts,
+            np.array([last for _, last in spans], np.int32),
+            self.blocks,
+        )
+        q, k, v = (
+            np.concatenate([x[first:last] for x, (first, last) in zip(xs, spans, strict=True)])
+            for xs in (self.q, self.k, self.v)
+        )
+        o = module.attention(q, k, v, self.caches[backend], batch)
+        return [o[a:b] for a, b in pairwise(starts)]
+
+    def whole(self, backend: str) -> list[F32]:
+        return self.step(backend, [(0, n) for n in self.lengths])
+
+
+SHAPES = [(4, 4, 64), (6, 2, 128), (9, 3, 64), (8, 1, 128), (2, 1, 20), (3, 3, 80), (40, 1, 32)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_attention_equals_reference(shape: tuple[int, int, int], dtype: KvDtype, threads: int) -> None:
+    """Both round keys and values alike; int8 codes may differ where a product falls on a tie."""
+    context = Context(config_of(*shape), [1, 33, 70, 32], dtype, seed=9)
+    tolerance = 2e-2 if dtype == "int8" else 2e-5
+    for got, want in zip(context.whole("cpu"), context.whole("reference"), strict=True):
+        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_attention_over_many_partitions(dtype: KvDtype, threads: int) -> None:
+    """Contexts beyond one partition (512 positions), in chunks and then row by row."""
+    context = Context(config_of(4, 2, 64), [1100, 530], dtype, seed=10)
+    tolerance = 2e-2 if dtype == "int8" else 2e-5
+    whole = context.whole("reference")
+    for first, last in ((0, 500), (500, 1098), (1098, 1099), (1099, 1100)):
+        spans = [(first, last), (min(first, 530), min(last, 530))]
+        for got, want, span in zip(context.step("cpu", spans), whole, spans, strict=True):
+            np.testing.assert_allclose(got, want[slice(*span)], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_attention_of_a_row_depends_on_nothing_but_its_context(dtype: KvDtype) -> None:
+    """Bit for bit the same alone, in chunks of any size, beside others, and on any thread count."""
+    cpu.set_threads(1)
+    config = config_of(6, 2, 64)
+    want = Context(config, [700], dtype, seed=11).whole("cpu")[0]
+    for chunk in (1, 7, 64, 512):
+        cpu.set_threads(2 if chunk % 2 else 3)
+        context = Context(config, [700], dtype, seed=11)
+        got = [
+            context.step("cpu", [(i, min(i + chunk, 700))])[0] for i in range(0, 700, chunk)
+        ]
+        np.testing.assert_array_equal(np.concatenate(got), want)
+    cpu.set_threads(1)
+
+
+def test_reused_blocks_may_hold_infinities() -> None:
+    """What an earlier owner left behind the context's end must not leak in."""
+    config = config_of(2, 1, 32)
+    context = Context(config, [40], "f16", seed=12)
+    want = context.whole("cpu")[0]
+    dirty = Context(config, [40], "f16", seed=12)
+    full = np.full((64, 1, 32), np.inf, np.float32)
+    batch = Batch(np.arange(64, dtype=np.int32), np.array([0, 64], np.int32),
+                  np.array([64], np.int32), dirty.blocks)  # fmt: skip
+    cpu.attention(np.zeros((64, 2, 32), np.float32), full, full, dirty.caches["cpu"], batch)
+    np.testing.assert_array_equal(dirty.whole("cpu")[0], want)
+
+
+def test_attention_without_a_cache_sees_each_sequence_alone() -> None:
+    rng = np.random.default_rng(13)
+    q, k, v = (rng.standard_normal((50, h, 32)).astype(np.float32) for h in (4, 2, 2))
+    starts = np.array([0, 10, 11, 50], np.int32)
+    positions = np.concatenate([np.arange(n) for n in np.diff(starts)]).astype(np.int32)
+    batch = Batch(positions, starts, np.diff(starts).astype(np.int32), np.zeros((3, 0), np.int32))
+    want = reference.attention(q, k, v, None, batch)
+    np.testing.assert_allclose(cpu.attention(q, k, v, None, batch), want, rtol=2e-5, atol=2e-5)
+
+
+# ---- the native side refuses what would read or write out of bounds -----------------------------
+
+
+def test_misshapen_arguments_are_refused() -> None:
+    from pronk.backends import _cpu
+
+    weight = cpu.make_weight([random_tensor("Q4_0", 16, 64, np.random.default_rng(14))])
+    with pytest.raises(ValueError, match="wrong width"):
+        cpu.linear(np.zeros((2, 32), np.float32), weight)
+    with pytest.raises(ValueError, match="outside the table"):
+        cpu.embed(np.array([50], np.int32), cpu.make_table(random_tensor("F32", 50, 8, np.random.default_rng(0))))
+    with pytest.raises(ValueError, match="row bytes"):
+        _cpu.PackedWeight(64, False).append(2, np.zeros((4, 35), np.uint8))
+    with pytest.raises(ValueError, match="unknown tensor kind"):
+        _cpu.PackedWeight(64, False).append(999, np.zeros((4, 36), np.uint8))
+
+
+@pytest.mark.parametrize("block", [-1, 99])
+def test_blocks_outside_the_cache_are_refused(block: int) -> None:
+    context = Context(config_of(2, 1, 32), [40], "f16", seed=15)
+    context.blocks[0, 1] = block
+    with pytest.raises(ValueError, match="block outside"):
+        context.whole("cpu")

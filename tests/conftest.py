@@ -1,0 +1,18 @@
+"""Fixtures that several folders of tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pronk.checkpoints.cache import cache_root
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The GGUF file of SmolLM2-135M: PRONK_TEST_SMOLLM2, else the one that `pronk pull` fetched."""
+    if given := os.environ.get("PRONK_TEST_SMOLLM2"):
+        return Path(given)
+    for path in sorted((cache_root() / "models" / "smollm2-135m").glob("*.gguf")):
+        return path
+    pytest.skip("no SmolLM2: run `pronk pull smollm2-135m` or set PRONK_TEST_SMOLLM2")

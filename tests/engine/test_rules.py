@@ -1,0 +1,395 @@
+"""The engine's rules on a fake model without arrays: block accounting, and that an answer depends
+on nothing but its own request."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
+
+from pronk.backends.protocol import BLOCK, Sampled
+from pronk.core.errors import ContextLengthError, UserError
+from pronk.engine.blocks import BlockPool, blocks_for
+from pronk.engine.engine import Engine
+from pronk.engine.request import Request, SamplingParams
+from pronk.engine.scheduler import Slice
+
+VOCAB = 50
+
+
+def mix(before: int, token: int) -> int:
+    digest = hashlib.blake2b(f"{before},{token}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def next_token(state: int, draw: int) -> int:
+    return mix(state, draw) % VOCAB
+
+
+class FakeModel:
+    """Stores at each position a hash of all tokens up to it, found through the block table only:
+    a wrong, stale or shared-and-overwritten block changes every token that follows."""
+
+    def __init__(self, n_blocks: int) -> None:
+        self.kv = [-1] * (n_blocks * BLOCK)
+        self.steps: list[list[Slice]] = []
+
+    def run(self, slices: Sequence[Slice]) -> list[Sampled | None]:
+        self.steps.append(list(slices))
+        return [self._run(s) for s in slices]
+
+    def _run(self, s: Slice) -> Sampled | None:
+        assert s.n >= 1
+        request, state = s.request, 0
+        if s.start:
+            state = self.kv[self._slot(request, s.start - 1)]
+        for position in range(s.start, s.start + s.n):
+            state = mix(state, request.ids[position])
+            self.kv[self._slot(request, position)] = state
+        caught_up = s.start + s.n == request.known
+        assert s.sample == (caught_up and request.params is not None)
+        return Sampled(next_token(state, request.n_output)) if s.sample else None
+
+    def _slot(self, request: Request, position: int) -> int:
+        return request.blocks[position // BLOCK] * BLOCK + position % BLOCK
+
+
+def expected(prompt: list[int], n: int) -> list[int]:
+    """The answer of a model that has no cache at all."""
+    state = 0
+    for token in prompt:
+        state = mix(state, token)
+    output: list[int] = []
+    for draw in range(n):
+        output.append(next_token(state, draw))
+        state = mix(state, output[-1])
+    return output
+
+
+def make_engine(n_blocks: int, **options: int | bool) -> Engine:
+    values: dict[str, int] = {"context": n_blocks * BLOCK, **options}
+    return Engine(FakeModel(n_blocks), vocab_size=VOCAB, n_blocks=n_blocks, **values)
+
+
+def make_request(prompt: Sequence[int], max_tokens: int = 8) -> Request:
+    return Request(prompt, SamplingParams(max_tokens=max_tokens))
+
+
+def check_accounts(engine: Engine) -> None:
+    """Every block is in one state, and referenced as often as it is in a table."""
+    scheduler, pool = engine.scheduler, engine.scheduler.pool
+    assert pool.n_free + pool.n_cached + pool.n_referenced == pool.n_blocks
+    assert pool.available == pool.n_free + pool.n_cached
+    tables = Counter(block for request in scheduler.running for block in request.blocks)
+    assert {block: n for block, n in enumerate(pool._refs) if n} == dict(tables)
+    for request in scheduler.running:
+        assert len(request.blocks) >= blocks_for(request.computed)
+        assert request.computed < request.known <= request.limit
+    assert not any(request.blocks or request.computed for request in scheduler.waiting)
+    order = [request.id for request in (*scheduler.running, *scheduler.waiting)]
+    assert order == sorted(order), "first come, first served"
+
+
+prompts = st.tuples(
+    st.sampled_from([0, 20, 32, 64, 75]), st.lists(st.integers(0, 3), min_size=1, max_size=40)
+).map(lambda parts: [1] * parts[0] + parts[1])
+"""Many of them share their first blocks."""
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Random add, step and abort on a cache so small that requests push each other out."""
+
+    requests = Bundle("requests")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = make_engine(6, max_batch=4, token_budget=50)
+        self.all: list[tuple[Request, list[int]]] = []
+
+    @rule(target=requests, prompt=prompts, max_tokens=st.integers(1, 70))
+    def add(self, prompt: list[int], max_tokens: int) -> Request:
+        request = make_request(prompt, max_tokens)
+        self.engine.add(request)
+        self.all.append((request, expected(prompt, max_tokens)))
+        return request
+
+    @rule(n=st.integers(1, 20))
+    @precondition(lambda self: self.engine.has_work)
+    def step(self, n: int) -> None:
+        for _ in range(n):
+            before = sum(r.computed for r, _ in self.all)
+            preempted = sum(r.preemptions for r, _ in self.all)
+            events = self.engine.step()
+            moved = sum(r.computed for r, _ in self.all) > before
+            assert moved or events or sum(r.preemptions for r, _ in self.all) > preempted
+            check_accounts(self.engine)
+            if not self.engine.has_work:
+                break
+
+    @rule(request=requests)
+    def abort(self, request: Request) -> None:
+        was_finished = request.finished
+        assert self.engine.abort(request) != was_finished
+        assert request.finished
+        assert not request.blocks
+
+    @invariant()
+    def accounts_balance(self) -> None:
+        check_accounts(self.engine)
+
+    @invariant()
+    def outputs_are_right(self) -> None:
+        for request, wanted in self.all:
+            assert request.output == wanted[: request.n_output]
+            if request.finish_reason == "length":
+                assert request.known == request.limit
+
+    def teardown(self) -> None:
+        steps = 0
+        while self.engine.has_work:
+            self.engine.step()
+            steps += 1
+            assert steps < 20_000, "no progress"
+        check_accounts(self.engine)
+        assert self.engine.scheduler.pool.n_referenced == 0
+
+
+TestEngineMachine = EngineMachine.TestCase
+TestEngineMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.lists(st.tuples(prompts, st.integers(1, 50)), min_size=1, max_size=8),
+    token_budget=st.sampled_from([1, 7, 512]),
+    max_batch=st.sampled_from([1, 2, 8]),
+    prefix_cache=st.booleans(),
+    n_blocks=st.sampled_from([6, 9, 100]),
+)
+def test_answers_depend_on_the_request_alone(
+    batch: list[tuple[list[int], int]],
+    token_budget: int,
+    max_batch: int,
+    prefix_cache: bool,
+    n_blocks: int,
+) -> None:
+    engine = make_engine(
+        n_blocks, token_budget=token_budget, max_batch=max_batch, prefix_cache=prefix_cache
+    )
+    requests = [make_request(prompt, n) for prompt, n in batch]
+    engine.run(requests)
+    for request, (prompt, n) in zip(requests, batch, strict=True):
+        assert request.output == expected(prompt, n)
+        assert request.finish_reason == "length"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_block_pool_accounts(data: st.DataObject) -> None:
+    """The pool alone, driven harder than a scheduler would: shared prefixes, any order."""
+    pool = BlockPool(8)
+    held: list[list[int]] = []
+    for _ in range(data.draw(st.integers(1, 30))):
+        if held and data.draw(st.booleans()):
+            pool.give_back(held.pop(data.draw(st.integers(0, len(held) - 1))))
+        else:
+            request = make_request([data.draw(st.integers(0, 1))] * data.draw(st.integers(1, 200)))
+            blocks, n_tokens = pool.take_prefix(request.keys, request.ids)
+            assert n_tokens == len(blocks) * BLOCK < request.known
+            fresh = pool.take(blocks_for(request.known) - len(blocks))
+            if fresh is None:
+                pool.give_back(blocks)
+            else:
+                held.append(blocks + fresh)
+                for block, key in zip(held[-1], request.keys, strict=False):
+                    pool.publish(block, key)
+        assert pool.n_free + pool.n_cached + pool.n_referenced == pool.n_blocks
+        references = Counter(block for blocks in held for block in blocks)
+        assert {block: n for block, n in enumerate(pool._refs) if n} == dict(references)
+
+
+def test_too_few_blocks_take_nothing() -> None:
+    pool = BlockPool(3)
+    taken = pool.take(2)
+    assert taken is not None
+    assert pool.take(2) is None
+    assert (pool.n_free, pool.n_referenced) == (1, 2)
+
+
+def test_a_block_cannot_be_given_back_twice() -> None:
+    pool = BlockPool(2)
+    blocks = pool.take(1)
+    assert blocks is not None
+    pool.give_back(blocks)
+    with pytest.raises(AssertionError, match="twice"):
+        pool.give_back(blocks)
+
+
+def test_a_second_turn_computes_only_what_is_new() -> None:
+    engine = make_engine(20)
+    first = make_request(list(range(40)), 30)
+    engine.run([first])
+    second = make_request([*first.ids, 1, 2, 3], 5)
+    engine.run([second])
+    # 70 tokens are known and 69 computed: two full blocks
+    assert second.cached == 2 * BLOCK
+    assert second.output == expected([*first.ids, 1, 2, 3], 5)
+
+
+def test_a_stored_prompt_still_computes_one_token() -> None:
+    engine = make_engine(20)
+    prompt = [5] * (3 * BLOCK)
+    engine.run([make_request(prompt)])
+    again = make_request(prompt)
+    engine.add(again)
+    engine.step()
+    assert again.cached == 2 * BLOCK
+    model = engine._model
+    assert isinstance(model, FakeModel)
+    assert [s.n for s in model.steps[-1]] == [BLOCK]
+    longer = make_request([*prompt, 6])
+    engine.run([longer])
+    assert longer.cached == 3 * BLOCK
+    assert longer.output == expected([*prompt, 6], 8)
+
+
+def test_requests_share_a_prefix_while_both_run() -> None:
+    engine = make_engine(8)
+    first, second = make_request([1] * 70, 60), make_request([1] * 70 + [2], 60)
+    engine.add(first)
+    engine.step()
+    engine.add(second)
+    engine.step()
+    assert second.cached == 64
+    assert list(first.blocks[:2]) == list(second.blocks[:2])
+    engine.abort(first)
+    while engine.has_work:
+        engine.step()
+    assert second.output == expected([1] * 70 + [2], 60)
+
+
+def test_the_longest_unused_prefix_goes_first_and_its_end_before_its_beginning() -> None:
+    engine = make_engine(6)
+    old, new = [1] * 65, [2] * 65
+    engine.run([make_request(old, 1)])
+    engine.run([make_request(new, 1)])
+    assert engine.scheduler.pool.n_cached == 4
+    engine.run([make_request([3] * 95, 1)])  # three blocks, two of them free
+    again = make_request(new, 1)
+    engine.run([again])
+    assert again.cached == 64
+    again = make_request(old, 1)
+    engine.add(again)
+    engine.step()
+    assert again.cached == 32
+
+
+def test_preemption_hits_the_youngest_and_loses_nothing() -> None:
+    engine = make_engine(4, prefix_cache=False)
+    old, young = make_request([1] * 30, 90), make_request([2] * 30, 90)
+    engine.run([old, young])
+    assert (old.preemptions, young.preemptions > 0) == (0, True)
+    assert old.output == expected([1] * 30, 90)
+    assert young.output == expected([2] * 30, 90)
+
+
+def test_long_prompts_are_read_in_chunks_beside_decoding() -> None:
+    engine = make_engine(40, token_budget=16)
+    talking, reading = make_request([1] * 4, 30), make_request([2] * 100, 1)
+    engine.add(talking)
+    engine.step()
+    engine.add(reading)
+    for step in range(1, 7):
+        engine.step()
+        assert talking.n_output == step + 1
+        assert reading.computed == 15 * step
+
+
+def test_no_more_requests_run_at_once_than_max_batch() -> None:
+    engine = make_engine(100, max_batch=3)
+    requests = [make_request([i], 5) for i in range(7)]
+    engine.run(requests)
+    model = engine._model
+    assert isinstance(model, FakeModel)
+    assert max(len(step) for step in model.steps) == 3
+
+
+def test_an_observed_request_sees_every_position_once() -> None:
+    engine = make_engine(20, token_budget=64)
+    engine.run([make_request([3] * 200, 1)])
+    seen = Request([3] * 200, None, observer=lambda start, logits: None)
+    engine.add(seen)
+    sizes = []
+    while engine.has_work:
+        events = engine.step()
+        model = engine._model
+        assert isinstance(model, FakeModel)
+        sizes += [s.n for s in model.steps[-1]]
+    assert sizes == [64, 64, 64, 8]
+    assert seen.cached == 0
+    assert [(event.token, event.finish_reason) for event in events] == [(None, "length")]
+
+
+def test_a_request_that_cannot_fit_is_refused_at_the_door() -> None:
+    engine = make_engine(4, context=100)
+    with pytest.raises(ContextLengthError, match="100 tokens do not fit the context of 100"):
+        engine.add(make_request([1] * 100))
+    engine.add(make_request([1] * 99))
+    engine.add(Request([1] * 100, None))
+    with pytest.raises(UserError, match="no tokens"):
+        engine.add(make_request([]))
+    with pytest.raises(UserError, match="prompt: token id 50 is not in 0 to 49"):
+        engine.add(make_request([1, 50]))
+    with pytest.raises(UserError, match="logit_bias: token id 77"):
+        engine.add(Request([1], SamplingParams(logit_bias=((77, 1.0),))))
+    with pytest.raises(UserError, match="not fit the KV cache of 64 positions"):
+        make_engine(2, context=100).add(make_request([1] * 80))
+
+
+def test_the_context_ends_an_answer() -> None:
+    engine = make_engine(4, context=100)
+    request = Request([1] * 90, SamplingParams())
+    engine.run([request])
+    assert (request.n_output, request.finish_reason) == (10, "length")
+
+
+def test_one_refused_request_takes_its_companions_along() -> None:
+    engine = make_engine(4)
+    good = make_request([1])
+    with pytest.raises(UserError):
+        engine.run([good, make_request([])])
+    assert good.finish_reason == "abort"
+    assert not engine.has_work
+
+
+def test_an_end_token_stops_and_ignore_eos_does_not() -> None:
+    wanted = expected([1, 2], 20)
+    end = wanted[4]
+    stopped = Request([1, 2], SamplingParams(max_tokens=20), eos_ids=frozenset([end]))
+    own = Request([1, 2], SamplingParams(max_tokens=20, stop_ids=(end,)))
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    deaf = Request([1, 2], params, eos_ids=frozenset([end]))
+    make_engine(8).run([stopped, own, deaf])
+    first = wanted.index(end) + 1
+    assert stopped.output == own.output == wanted[:first]
+    assert stopped.finish_reason == own.finish_reason == "stop"
+    assert deaf.output == wanted
+
+
+def test_threads_share_one_engine() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    engine = make_engine(12, max_batch=3)
+
+    def answer(seed: int) -> list[int]:
+        request = make_request([seed] * 20, 25)
+        engine.run([request])
+        return request.output
+
+    with ThreadPoolExecutor(6) as threads:
+        answers = list(threads.map(answer, range(24)))
+    assert answers == [expected([seed] * 20, 25) for seed in range(24)]
+    check_accounts(engine)

@@ -1,0 +1,258 @@
+"""Engine and forward together on tiny random models: exact equality of every answer, however the
+work was cut into steps."""
+
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from pronk.backends.protocol import BLOCK, F32
+from pronk.backends.select import select_backend
+from pronk.checkpoints.checkpoint import Checkpoint, Stored
+from pronk.checkpoints.names import native_name, tensor_names, tensor_shape
+from pronk.core.config import ModelConfig
+from pronk.core.errors import UserError
+from pronk.engine.engine import Engine
+from pronk.engine.load import load_model
+from pronk.engine.request import Request, SamplingParams
+from pronk.engine.runner import Runner
+from pronk.engine.sampling import token_logprobs
+from pronk.model.llama import LlamaWeights
+
+CONFIG = ModelConfig(
+    dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=101,
+    context=512, rope_theta=10_000.0,
+)  # fmt: skip
+
+
+def available(name: str) -> bool:
+    try:
+        select_backend(name)
+    except UserError:
+        return False
+    return True
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def ops(request: pytest.FixtureRequest) -> ModuleType:
+    if not available(request.param):
+        pytest.skip(f"the {request.param} backend is not built")
+    return select_backend(request.param)
+
+
+def random_checkpoint(config: ModelConfig = CONFIG, seed: int = 0) -> Checkpoint:
+    """A model of random float32 weights in memory."""
+    rng = np.random.default_rng(seed)
+
+    def stored(name: str) -> Stored:
+        shape = tensor_shape(name, config)
+        scale = 1.0 if name in ("embed", "output") else shape[1] ** -0.5
+        values = rng.normal(0, scale, shape).astype(np.float32)
+        if name.endswith("norm"):
+            values = 1 + values / 10
+        raw = values.astype(np.float32).view(np.uint8)
+        return Stored("F32", shape, raw.nbytes, lambda: (raw, lambda: None))
+
+    tensors = {native_name(name, "gguf"): stored(name) for name in tensor_names(config)}
+    return Checkpoint(Path("random"), "gguf", config, {}, tensors, [])
+
+
+def random_weights(ops: ModuleType) -> LlamaWeights:
+    return load_model(random_checkpoint(), ops, n_positions=CONFIG.context)
+
+
+@pytest.fixture
+def weights(ops: ModuleType) -> LlamaWeights:
+    return random_weights(ops)
+
+
+def make_engine(
+    ops: ModuleType,
+    weights: LlamaWeights,
+    *,
+    n_blocks: int = 64,
+    token_budget: int = 512,
+    max_batch: int = 8,
+    prefix_cache: bool = True,
+    kv_dtype: str = "f16",
+    threads: int | None = None,
+) -> Engine:
+    runner = Runner(
+        ops, CONFIG, weights, n_blocks=n_blocks, kv_dtype=kv_dtype, threads=threads  # type: ignore[arg-type]
+    )
+    return Engine(
+        runner,
+        vocab_size=CONFIG.vocab_size,
+        context=CONFIG.context,
+        n_blocks=n_blocks,
+        token_budget=token_budget,
+        max_batch=max_batch,
+        prefix_cache=prefix_cache,
+    )
+
+
+def make_prompts() -> list[list[int]]:
+    """Of lengths around the block size, some with a common beginning."""
+    rng = np.random.default_rng(1)
+    common = rng.integers(0, CONFIG.vocab_size, 70).tolist()
+    lengths = (1, 5, 31, 32, 33, 64, 75, 130)
+    alone = [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in lengths]
+    return [*alone, common, [*common, 7], common[:64]]
+
+
+def make_requests(sampled: bool) -> list[Request]:
+    """Half of them long answers; sampled ones use every parameter."""
+    def params(i: int) -> SamplingParams:
+        n = 45 if i % 2 else 10
+        if not sampled:
+            return SamplingParams(max_tokens=n, logprobs=2)
+        return SamplingParams(
+            max_tokens=n, temperature=1.3, top_k=40, top_p=0.95, min_p=0.01, seed=i, logprobs=2,
+            repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.1,
+            logit_bias=((3, 1.0), (4, -100.0)),
+        )  # fmt: skip
+
+    return [Request(prompt, params(i)) for i, prompt in enumerate(make_prompts())]
+
+
+def answers(engine: Engine, sampled: bool) -> list[tuple[object, ...]]:
+    requests = make_requests(sampled)
+    engine.run(requests)
+    return [(request.output, request.logprobs, request.finish_reason) for request in requests]
+
+
+VARIANTS: list[dict[str, int | bool]] = [
+    {"token_budget": 1},
+    {"token_budget": 7},
+    {"max_batch": 1},
+    {"max_batch": 3, "token_budget": 33},
+    {"prefix_cache": False},
+    {"n_blocks": 6},
+    {"n_blocks": 6, "token_budget": 40, "prefix_cache": False},
+    {"threads": 1},
+    {"threads": 2},
+]
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "int8"])
+def test_answers_do_not_depend_on_how_the_work_is_cut(
+    ops: ModuleType, weights: LlamaWeights, sampled: bool, kv_dtype: str
+) -> None:
+    plain = answers(make_engine(ops, weights, kv_dtype=kv_dtype), sampled)
+    assert len({str(answer) for answer in plain}) == len(plain)
+    for variant in VARIANTS:
+        engine = make_engine(ops, weights, kv_dtype=kv_dtype, **variant)  # type: ignore[arg-type]
+        assert answers(engine, sampled) == plain, variant
+
+
+def test_preemption_really_happens_in_these_tests(
+    ops: ModuleType, weights: LlamaWeights
+) -> None:
+    requests = make_requests(sampled=False)
+    make_engine(ops, weights, n_blocks=6).run(requests)
+    assert sum(request.preemptions for request in requests) > 0
+    assert sum(request.cached or 0 for request in requests) > 0
+
+
+def test_a_second_turn_answers_as_if_nothing_were_stored(
+    ops: ModuleType, weights: LlamaWeights
+) -> None:
+    warm, cold = make_engine(ops, weights), make_engine(ops, weights, prefix_cache=False)
+    first = Request(make_prompts()[7], SamplingParams(max_tokens=40))
+    warm.run([first])
+    turn = [*first.ids, 9, 8, 7]
+    found, anew = (Request(turn, SamplingParams(max_tokens=30)) for _ in "12")
+    warm.run([found])
+    cold.run([anew])
+    assert (found.cached, anew.cached) == (5 * BLOCK, 0)
+    assert found.output == anew.output
+
+
+def collect(engine: Engine, prompt: list[int]) -> F32:
+    logits_TV = np.full((len(prompt), CONFIG.vocab_size), np.nan, np.float32)
+
+    def observer(start: int, logits: F32) -> None:
+        logits_TV[start : start + len(logits)] = logits
+
+    engine.run([Request(prompt, None, observer=observer)])
+    return logits_TV
+
+
+def test_observed_logits_are_the_same_in_any_chunks(
+    ops: ModuleType, weights: LlamaWeights
+) -> None:
+    prompt = np.random.default_rng(2).integers(0, CONFIG.vocab_size, 300).tolist()
+    whole = collect(make_engine(ops, weights), prompt)
+    assert np.isfinite(whole).all()
+    for budget in (1, 7, 50):
+        np.testing.assert_array_equal(
+            collect(make_engine(ops, weights, token_budget=budget), prompt), whole
+        )
+
+
+def test_observed_and_sampled_at_once(ops: ModuleType, weights: LlamaWeights) -> None:
+    """A request may be watched and answered; others in the step are not disturbed."""
+    prompt = make_prompts()[6]
+    seen: dict[int, F32] = {}
+    watched = Request(
+        prompt,
+        SamplingParams(max_tokens=5, logprobs=0),
+        observer=lambda start, logits: seen.update({start: logits.copy()}),
+    )
+    other = Request(make_prompts()[7], SamplingParams(max_tokens=5))
+    make_engine(ops, weights, token_budget=50).run([other, watched])
+    alone, quiet = (Request(p, SamplingParams(max_tokens=5)) for p in (other.ids[:130], prompt))
+    make_engine(ops, weights).run([alone, quiet])
+    assert (other.output, watched.output) == (alone.output, quiet.output)
+    logits_TV = np.concatenate([seen[start] for start in sorted(seen)])
+    np.testing.assert_array_equal(logits_TV, collect(make_engine(ops, weights), prompt))
+    assert watched.output[0] == logits_TV[-1].argmax()
+    expected = token_logprobs(logits_TV[-1:], watched.output[:1])
+    assert watched.logprobs[0].logprob == pytest.approx(float(expected[0]), abs=1e-6)
+
+
+def test_logprobs_are_the_log_softmax_of_the_logits(
+    ops: ModuleType, weights: LlamaWeights
+) -> None:
+    """Also where penalties, temperature and bias change what is drawn."""
+    params = SamplingParams(
+        max_tokens=8, temperature=2.0, seed=5, logprobs=3, repetition_penalty=1.5,
+        logit_bias=((11, 5.0),),
+    )  # fmt: skip
+    request = Request(make_prompts()[4], params)
+    make_engine(ops, weights).run([request])
+    logits_TV = collect(make_engine(ops, weights), list(request.ids))[request.n_prompt - 1 : -1]
+    wide = logits_TV.astype(np.float64)
+    logprobs_TV = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
+    assert [entry.token for entry in request.logprobs] == request.output
+    for entry, logprobs_V in zip(request.logprobs, logprobs_TV, strict=True):
+        assert entry.logprob == pytest.approx(logprobs_V[entry.token], abs=1e-5)
+        best = np.argsort(-logprobs_V)[:3]
+        assert [token for token, _ in entry.top] == best.tolist()
+        np.testing.assert_allclose([value for _, value in entry.top], logprobs_V[best], atol=1e-5)
+
+
+def test_two_engines_live_in_one_process(ops: ModuleType) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    models = [
+        load_model(random_checkpoint(seed=seed), ops, n_positions=CONFIG.context)
+        for seed in (1, 2)
+    ]
+    alone = [answers(make_engine(ops, weights), sampled=True) for weights in models]
+    assert alone[0] != alone[1]
+    engines = [make_engine(ops, w, threads=t) for w, t in zip(models, (1, 2), strict=True)]
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(lambda engine: answers(engine, sampled=True), engines))
+    assert together == alone
+
+
+def test_a_step_without_finished_prompts_wants_no_logits(
+    ops: ModuleType, weights: LlamaWeights
+) -> None:
+    engine = make_engine(ops, weights, token_budget=16)
+    engine.add(Request(make_prompts()[7], SamplingParams(max_tokens=1)))
+    assert engine.step() == []
+    assert engine.scheduler.running[0].computed == 16
