@@ -11,6 +11,7 @@ such a model writes is noise. Needs Pronk installed, and nothing else.
 import argparse
 import base64
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -287,6 +288,9 @@ def make_model(
     config = replace(config, vocab_size=len(vocabulary.tokens))
     specs = list(_specs(config, wanted, pure))
     total, done = sum(spec.nbytes for spec in specs), 0
+    free = shutil.disk_usage(path.absolute().parent).free if path.parent.exists() else total
+    if total > free:
+        raise UserError(f"{path}: needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
     weights = RandomWeights(seed)
     keys = metadata(config, vocabulary, f"synthetic {wanted}")
     with GgufWriter(path, keys, specs) as out:
@@ -354,6 +358,8 @@ def main(argv: list[str] | None = None) -> int:
     except PronkError as error:
         print(f"make_model: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

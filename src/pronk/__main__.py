@@ -1,5 +1,7 @@
 """`python -m pronk`: the command line."""
 
-from pronk.cli.app import run
+import sys
 
-run()
+from pronk.cli.app import main
+
+sys.exit(main())

@@ -26,9 +26,14 @@ def test_file_appears_at_the_end(tmp_path: Path) -> None:
 def test_nothing_stays_after_an_exception(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(b"before")
-    with pytest.raises(KeyboardInterrupt), GgufWriter(path, {}, SPECS) as out:
-        out.write([bytes(12)])
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with GgufWriter(path, {}, SPECS) as out:
+            out.write([bytes(12)])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert path.read_bytes() == b"before"
     assert os.listdir(tmp_path) == ["m.gguf"]
 
@@ -57,7 +62,7 @@ def test_full_disk(tmp_path: Path) -> None:
     (tmp_path / ".m.gguf.partial").symlink_to("/dev/full")
     big = [TensorSpec("a", "F32", (1 << 20,))]
     with (
-        pytest.raises(UserError, match="m.gguf: cannot be written: No space left on device"),
+        pytest.raises(UserError, match=r"m\.gguf: cannot be written: No space left on device"),
         GgufWriter(tmp_path / "m.gguf", {}, big) as out,
     ):
         out.write([bytes(1 << 22)])

@@ -33,7 +33,8 @@ def mutate(blob: bytes, interesting: int, rng: random.Random) -> bytes:
 def open_mutants(path: Path, file: Path, interesting: int, seed: int) -> int:
     """How many of the mutants of `file` open."""
     blob, rng, opened = file.read_bytes(), random.Random(seed), 0
-    for number in range(MUTATIONS):
+    texts: list[str] = []
+    for _ in range(MUTATIONS):
         file.write_bytes(mutate(blob, interesting, rng))
         try:
             with open_checkpoint(path) as checkpoint:
@@ -41,7 +42,8 @@ def open_mutants(path: Path, file: Path, interesting: int, seed: int) -> int:
                     assert checkpoint.get(name).data.ndim == 2
             opened += 1
         except CheckpointError as error:
-            assert "\n" not in str(error), (number, error)
+            texts.append(str(error))
+    assert not any("\n" in text for text in texts)
     return opened
 
 

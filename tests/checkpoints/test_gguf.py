@@ -56,8 +56,9 @@ def test_everything_is_read(path: Path) -> None:
         assert replace(checkpoint.config, norm_eps=CONFIG.norm_eps) == CONFIG
         assert checkpoint.metadata["llama.block_count"] == 2
         assert checkpoint.kinds() == {"F32": 21}
+        assert (checkpoint.kind("embed"), checkpoint.shape("embed")) == ("F32", (20, 32))
         assert checkpoint.nbytes == sum(w.nbytes for w in weights().values())
-        with pytest.raises(CheckpointError, match="no tensor 'layers.2.wq'"):
+        with pytest.raises(CheckpointError, match=r"no tensor 'layers\.2\.wq'"):
             checkpoint.get("layers.2.wq")
     assert_equal(read_all(path), weights())
 

@@ -125,6 +125,7 @@ def test_same_seed_same_file(script: ModuleType, tmp_path: Path) -> None:
     [
         (["--vocab", "many"], "--vocab: 'many' is neither a number nor llama"),
         (["--vocab", "100"], "--vocab: 100 tokens; from 272 to 400000 are possible"),
+        (["--dim", "800000", "--ffn", "9000000"], "GB are free there"),
         (["--heads", "3"], "n_heads 3 is no multiple of n_kv_heads 2"),
     ],
 )

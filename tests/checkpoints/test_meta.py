@@ -107,12 +107,16 @@ def test_405b_in_16_files_has_8_heads(tmp_path: Path) -> None:
     few numbers, so that the files stay small."""
     names = [name for name in meta_tensors() if "layers.1." not in name]
     shapes = {
-        "tok_embeddings.weight": (2, 16384), "output.weight": (2, 16384),
-        "layers.0.attention.wq.weight": (1024, 16384), "layers.0.attention.wk.weight": (128, 16384),
-        "layers.0.attention.wv.weight": (128, 16384), "layers.0.attention.wo.weight": (16384, 1024),
-        "layers.0.feed_forward.w1.weight": (1, 16384), "layers.0.feed_forward.w3.weight": (1, 16384),
+        "tok_embeddings.weight": (2, 16384),
+        "output.weight": (2, 16384),
+        "layers.0.attention.wq.weight": (1024, 16384),
+        "layers.0.attention.wk.weight": (128, 16384),
+        "layers.0.attention.wv.weight": (128, 16384),
+        "layers.0.attention.wo.weight": (16384, 1024),
+        "layers.0.feed_forward.w1.weight": (1, 16384),
+        "layers.0.feed_forward.w3.weight": (1, 16384),
         "layers.0.feed_forward.w2.weight": (16384, 1),
-    }  # fmt: skip
+    }
     zeros = np.zeros(16384 * 1024, np.uint16)
     entries = {
         name: tensor(storage("0", zeros.size, "torch\nBFloat16Storage"), shapes.get(name, (16384,)))
@@ -122,7 +126,7 @@ def test_405b_in_16_files_has_8_heads(tmp_path: Path) -> None:
     write_pth(blank, {"zeros": zeros}, dictionary(entries))
     for number in range(1, 16):
         (tmp_path / f"consolidated.{number:02}.pth").symlink_to(blank)
-    changes = {
+    changes: dict[str, Any] = {
         "dim": 16384, "n_layers": 1, "n_heads": 128, "n_kv_heads": 16, "vocab_size": 32,
         "ffn_dim_multiplier": 1e-4, "multiple_of": 16,
     }  # fmt: skip

@@ -67,7 +67,7 @@ def write_shards(folder: Path) -> dict[str, Any]:
     """Two shards and their index."""
     tensors = hf_tensors()
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in (1, 2):
         file = f"model-0000{number}-of-00002.safetensors"
         part = {name: tensors[name] for name in names[number - 1 :: 2]}
@@ -202,6 +202,7 @@ def test_other_rope_types() -> None:
         ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a finite number"),
         ({"rope_theta": "big"}, "rope_theta must be a finite number, got 'big'"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, got 1"),
+        ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "only a partial_rotary_factor of 1"),
         ({"rope_scaling": [1]}, r"rope_scaling must be an object, got \[1\]"),
         ({"rope_scaling": {"type": "yarn"}}, "rope type 'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": 5}}, "rope_scaling.rope_type must be a string, got 5"),

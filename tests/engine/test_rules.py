@@ -4,6 +4,8 @@ on nothing but its own request."""
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -69,8 +71,8 @@ def expected(prompt: list[int], n: int) -> list[int]:
     return output
 
 
-def make_engine(n_blocks: int, **options: int | bool) -> Engine:
-    values: dict[str, int] = {"context": n_blocks * BLOCK, **options}
+def make_engine(n_blocks: int, **options: Any) -> Engine:
+    values = {"context": n_blocks * BLOCK, **options}
     return Engine(FakeModel(n_blocks), vocab_size=VOCAB, n_blocks=n_blocks, **values)
 
 
@@ -193,10 +195,12 @@ def test_block_pool_accounts(data: st.DataObject) -> None:
     pool = BlockPool(8)
     held: list[list[int]] = []
     for _ in range(data.draw(st.integers(1, 30))):
-        if held and data.draw(st.booleans()):
-            pool.give_back(held.pop(data.draw(st.integers(0, len(held) - 1))))
+        which = data.draw(st.integers(0, 2 * len(held)))
+        if which < len(held):
+            pool.give_back(held.pop(which))
         else:
-            request = make_request([data.draw(st.integers(0, 1))] * data.draw(st.integers(1, 200)))
+            token, n = data.draw(st.tuples(st.integers(0, 1), st.integers(1, 200)))
+            request = make_request([token] * n)
             blocks, n_tokens = pool.take_prefix(request.keys, request.ids)
             assert n_tokens == len(blocks) * BLOCK < request.known
             fresh = pool.take(blocks_for(request.known) - len(blocks))
@@ -380,8 +384,6 @@ def test_an_end_token_stops_and_ignore_eos_does_not() -> None:
 
 
 def test_threads_share_one_engine() -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     engine = make_engine(12, max_batch=3)
 
     def answer(seed: int) -> list[int]:

@@ -1,17 +1,16 @@
 """Engine and forward together on tiny random models: exact equality of every answer, however the
 work was cut into steps."""
 
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+from tiny_models import CONFIG, random_checkpoint
 
-from pronk.backends.protocol import BLOCK, F32
+from pronk.backends.protocol import BLOCK, F32, KvDtype
 from pronk.backends.select import select_backend
-from pronk.checkpoints.checkpoint import Checkpoint, Stored
-from pronk.checkpoints.names import native_name, tensor_names, tensor_shape
-from pronk.core.config import ModelConfig
 from pronk.core.errors import UserError
 from pronk.engine.engine import Engine
 from pronk.engine.load import load_model
@@ -20,42 +19,13 @@ from pronk.engine.runner import Runner
 from pronk.engine.sampling import token_logprobs
 from pronk.model.llama import LlamaWeights
 
-CONFIG = ModelConfig(
-    dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=101,
-    context=512, rope_theta=10_000.0,
-)  # fmt: skip
-
-
-def available(name: str) -> bool:
-    try:
-        select_backend(name)
-    except UserError:
-        return False
-    return True
-
 
 @pytest.fixture(params=["reference", "cpu"])
 def ops(request: pytest.FixtureRequest) -> ModuleType:
-    if not available(request.param):
-        pytest.skip(f"the {request.param} backend is not built")
-    return select_backend(request.param)
-
-
-def random_checkpoint(config: ModelConfig = CONFIG, seed: int = 0) -> Checkpoint:
-    """A model of random float32 weights in memory."""
-    rng = np.random.default_rng(seed)
-
-    def stored(name: str) -> Stored:
-        shape = tensor_shape(name, config)
-        scale = 1.0 if name in ("embed", "output") else shape[1] ** -0.5
-        values = rng.normal(0, scale, shape).astype(np.float32)
-        if name.endswith("norm"):
-            values = 1 + values / 10
-        raw = values.astype(np.float32).view(np.uint8)
-        return Stored("F32", shape, raw.nbytes, lambda: (raw, lambda: None))
-
-    tensors = {native_name(name, "gguf"): stored(name) for name in tensor_names(config)}
-    return Checkpoint(Path("random"), "gguf", config, {}, tensors, [])
+    try:
+        return select_backend(request.param)
+    except UserError as error:
+        pytest.skip(str(error))
 
 
 def random_weights(ops: ModuleType) -> LlamaWeights:
@@ -72,23 +42,18 @@ def make_engine(
     weights: LlamaWeights,
     *,
     n_blocks: int = 64,
-    token_budget: int = 512,
-    max_batch: int = 8,
-    prefix_cache: bool = True,
-    kv_dtype: str = "f16",
+    kv_dtype: KvDtype = "f16",
     threads: int | None = None,
+    **options: Any,
 ) -> Engine:
-    runner = Runner(
-        ops, CONFIG, weights, n_blocks=n_blocks, kv_dtype=kv_dtype, threads=threads  # type: ignore[arg-type]
-    )
+    backend: Any = ops
+    runner = Runner(backend, CONFIG, weights, n_blocks=n_blocks, kv_dtype=kv_dtype, threads=threads)
     return Engine(
         runner,
         vocab_size=CONFIG.vocab_size,
         context=CONFIG.context,
         n_blocks=n_blocks,
-        token_budget=token_budget,
-        max_batch=max_batch,
-        prefix_cache=prefix_cache,
+        **options,
     )
 
 
@@ -103,6 +68,7 @@ def make_prompts() -> list[list[int]]:
 
 def make_requests(sampled: bool) -> list[Request]:
     """Half of them long answers; sampled ones use every parameter."""
+
     def params(i: int) -> SamplingParams:
         n = 45 if i % 2 else 10
         if not sampled:
@@ -122,7 +88,7 @@ def answers(engine: Engine, sampled: bool) -> list[tuple[object, ...]]:
     return [(request.output, request.logprobs, request.finish_reason) for request in requests]
 
 
-VARIANTS: list[dict[str, int | bool]] = [
+VARIANTS: list[dict[str, Any]] = [
     {"token_budget": 1},
     {"token_budget": 7},
     {"max_batch": 1},
@@ -138,18 +104,16 @@ VARIANTS: list[dict[str, int | bool]] = [
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("kv_dtype", ["f32", "f16", "int8"])
 def test_answers_do_not_depend_on_how_the_work_is_cut(
-    ops: ModuleType, weights: LlamaWeights, sampled: bool, kv_dtype: str
+    ops: ModuleType, weights: LlamaWeights, sampled: bool, kv_dtype: KvDtype
 ) -> None:
     plain = answers(make_engine(ops, weights, kv_dtype=kv_dtype), sampled)
     assert len({str(answer) for answer in plain}) == len(plain)
     for variant in VARIANTS:
-        engine = make_engine(ops, weights, kv_dtype=kv_dtype, **variant)  # type: ignore[arg-type]
+        engine = make_engine(ops, weights, kv_dtype=kv_dtype, **variant)
         assert answers(engine, sampled) == plain, variant
 
 
-def test_preemption_really_happens_in_these_tests(
-    ops: ModuleType, weights: LlamaWeights
-) -> None:
+def test_preemption_really_happens_in_these_tests(ops: ModuleType, weights: LlamaWeights) -> None:
     requests = make_requests(sampled=False)
     make_engine(ops, weights, n_blocks=6).run(requests)
     assert sum(request.preemptions for request in requests) > 0
@@ -180,9 +144,7 @@ def collect(engine: Engine, prompt: list[int]) -> F32:
     return logits_TV
 
 
-def test_observed_logits_are_the_same_in_any_chunks(
-    ops: ModuleType, weights: LlamaWeights
-) -> None:
+def test_observed_logits_are_the_same_in_any_chunks(ops: ModuleType, weights: LlamaWeights) -> None:
     prompt = np.random.default_rng(2).integers(0, CONFIG.vocab_size, 300).tolist()
     whole = collect(make_engine(ops, weights), prompt)
     assert np.isfinite(whole).all()
@@ -213,9 +175,7 @@ def test_observed_and_sampled_at_once(ops: ModuleType, weights: LlamaWeights) ->
     assert watched.logprobs[0].logprob == pytest.approx(float(expected[0]), abs=1e-6)
 
 
-def test_logprobs_are_the_log_softmax_of_the_logits(
-    ops: ModuleType, weights: LlamaWeights
-) -> None:
+def test_logprobs_are_the_log_softmax_of_the_logits(ops: ModuleType, weights: LlamaWeights) -> None:
     """Also where penalties, temperature and bias change what is drawn."""
     params = SamplingParams(
         max_tokens=8, temperature=2.0, seed=5, logprobs=3, repetition_penalty=1.5,
@@ -235,11 +195,8 @@ def test_logprobs_are_the_log_softmax_of_the_logits(
 
 
 def test_two_engines_live_in_one_process(ops: ModuleType) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     models = [
-        load_model(random_checkpoint(seed=seed), ops, n_positions=CONFIG.context)
-        for seed in (1, 2)
+        load_model(random_checkpoint(seed=seed), ops, n_positions=CONFIG.context) for seed in (1, 2)
     ]
     alone = [answers(make_engine(ops, weights), sampled=True) for weights in models]
     assert alone[0] != alone[1]

@@ -126,7 +126,7 @@ def draws(ops: ModuleType, logits_V: F32, n: int = 4000, **values: Any) -> F32:
     params = [SampleParams(**{"temperature": 1.0, "seed": 3, **values}, draw=i) for i in range(n)]
     rows = ops.from_host(np.tile(logits_V, (n, 1)))
     tokens = [sampled.token for sampled in ops.sample(rows, params)]
-    return np.bincount(tokens, minlength=len(logits_V)).astype(np.float32) / n
+    return np.asarray(np.bincount(tokens, minlength=len(logits_V)) / n, np.float32)
 
 
 def softmax(logits_V: F32, temperature: float = 1.0) -> F32:
@@ -138,7 +138,7 @@ def only(probs_V: F32, kept: Iterable[int]) -> F32:
     out_V = np.zeros_like(probs_V)
     kept = list(kept)
     out_V[kept] = probs_V[kept]
-    return out_V / out_V.sum()
+    return np.asarray(out_V / out_V.sum(), np.float32)
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,28 @@ def test_special_tokens_where_types_are_missing_or_wrong() -> None:
     assert mistyped.encode("<|eot_id|>") == untyped.encode("<|eot_id|>") != [N + 3]
 
 
+def test_a_special_token_that_is_one_word_stays_out_of_text(tmp_path: Path) -> None:
+    """The pre-tokenizer gives the word as one piece, and Llama 3 looks whole pieces up."""
+    spec = hf_json()
+    spec["added_tokens"].append({"id": N + 5, "content": "STOP", "special": True})
+    spec["model"]["vocab"]["STOP"] = N + 5
+    sources = [
+        tokenizer_from_gguf(metadata_of(tokens=[*TOKENS, "STOP"], token_type=[*TYPES, 3])),
+        tokenizer_from_hf(write_hf(tmp_path, spec)),
+    ]
+    for tokenizer in sources:
+        assert tokenizer.encode("STOP") == [ORDINARY.index(bytes([byte])) for byte in b"STOP"]
+        assert tokenizer.encode("STOP", special=True) == [N + 5]
+
+
+def test_the_longest_special_token_wins() -> None:
+    tokens = [*TOKENS, "<|a", "<|a|>", "<|a|>b"]
+    tokenizer = tokenizer_from_gguf(metadata_of(tokens=tokens, token_type=[*TYPES, 3, 3, 3]))
+    x = tokenizer.encode("x")
+    ids = tokenizer.encode("<|a|>b<|a|>x<|ax", special=True)
+    assert ids == [N + 7, N + 6, *x, N + 5, *x]
+
+
 def test_literal_and_unused_tokens_of_gguf() -> None:
     tokenizer = tokenizer_from_gguf(
         metadata_of(tokens=[*TOKENS, "<br> é", "[PAD]"], token_type=[*TYPES, 4, 5])

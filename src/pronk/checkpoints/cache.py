@@ -77,9 +77,7 @@ def installed_models() -> list[Installed]:
     return [model for manifest in manifests if (model := _read_manifest(manifest.parent))]
 
 
-def record(
-    ref: ModelRef, path: Path, source: str, licence: str, files: list[Path]
-) -> Installed:
+def record(ref: ModelRef, path: Path, source: str, licence: str, files: list[Path]) -> Installed:
     """Writes the manifest of a model whose files are complete and verified."""
     folder = model_folder(ref)
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +164,8 @@ def disk_error(error: OSError, folder: Path, what: str) -> UserError:
     """The line for a write that failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"disk full: no space left in {folder} for {what}; nothing was kept")
-    return UserError(f"cannot write {error.filename or folder} for {what}: {error.strerror or error}")
+    where = error.filename or folder
+    return UserError(f"cannot write {where} for {what}: {error.strerror or error}")
 
 
 @contextmanager

@@ -50,7 +50,9 @@ def _llama_licence(version: str, released: str) -> Licence:
     )
 
 
-APACHE_2 = Licence("apache-2.0", "Apache License 2.0", "https://www.apache.org/licenses/LICENSE-2.0")
+APACHE_2 = Licence(
+    "apache-2.0", "Apache License 2.0", "https://www.apache.org/licenses/LICENSE-2.0"
+)
 LLAMA_LICENCES = {
     "3.1": _llama_licence("3.1", "23 July 2024"),
     "3.2": _llama_licence("3.2", "25 September 2024"),

@@ -57,12 +57,24 @@ class Checkpoint:
         return list(self._tensors)
 
     def get(self, name: str) -> RawTensor:
-        """CheckpointError for a tensor that the checkpoint does not have."""
-        stored = self._tensors.get(name)
-        if stored is None:
-            raise CheckpointError(f"{self.path}: the model has no tensor {quoted(name)}")
+        """Raw rows: a view of the file where that is possible, else a copy (Hugging Face's wq and
+        wk, Meta's shards). CheckpointError for a tensor that the checkpoint does not have."""
+        stored = self._stored(name)
         data, release = stored.read()
-        return RawTensor(name, stored.kind, tensor_shape(name, self.config), data, release)
+        return RawTensor(name, stored.kind, self.shape(name), data, release)
+
+    def kind(self, name: str) -> str:
+        """Block format of a tensor, without reading it."""
+        return self._stored(name).kind
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(rows, columns) of a tensor, without reading it."""
+        return tensor_shape(name, self.config)
+
+    def _stored(self, name: str) -> Stored:
+        if name not in self._tensors:
+            raise CheckpointError(f"{self.path}: the model has no tensor {quoted(name)}")
+        return self._tensors[name]
 
     @property
     def nbytes(self) -> int:

@@ -55,6 +55,7 @@ class GgufWriter:
             self._file = self._partial.open("wb")
             self._file.write(header + bytes(-len(header) % ALIGNMENT))
         except OSError as error:
+            self._partial.unlink(missing_ok=True)
             raise self._failed(error) from None
 
     def write(self, chunks: Iterable[Any]) -> None:

@@ -61,11 +61,12 @@ def _one_gguf(names: list[str], repo: str, wanted: str, papers: list[str]) -> Se
     if len(found) == 1:
         return Selection((found[0], *papers), found[0])
     if not found:
-        asked = f"no GGUF file with {wanted!r} in its name" if wanted else "no safetensors, pth or GGUF"
-        raise UserError(f"MODEL: {repo} has {asked}")
+        asked = f"GGUF file with {wanted!r} in its name" if wanted else "safetensors, pth or GGUF"
+        raise UserError(f"MODEL: {repo} has no {asked}")
     listed = ", ".join(Path(name).name for name in found[:8]) + (", ..." if len(found) > 8 else "")
     raise UserError(
-        f"MODEL: {repo} has {len(found)} GGUF files; say which as {repo}:PART-OF-ITS-NAME ({listed})"
+        f"MODEL: {repo} has {len(found)} GGUF files; say which as {repo}:PART-OF-ITS-NAME"
+        f" ({listed})"
     )
 
 
@@ -163,7 +164,7 @@ def _model_info(repo: str) -> "ModelInfo":
 
 def _download(repo: str, sizes: Mapping[str, int], progress: Progress) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     folder = repo_folder(repo)
     total = sum(sizes.values())

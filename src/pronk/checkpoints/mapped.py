@@ -62,6 +62,7 @@ class MappedFile:
 
     def close(self) -> None:
         """Lets go of the mapping. It stays as long as somebody holds a view of it."""
+        self.size = 0
         self._bytes = np.empty(0, np.uint8)
         try:
             self._map.close()

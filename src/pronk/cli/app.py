@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import click
 
+from pronk.cli.bench import bench
 from pronk.cli.chat import chat
 from pronk.cli.generate import generate
-from pronk.cli.bench import bench
 from pronk.cli.list import list_
 from pronk.cli.perplexity import perplexity
 from pronk.cli.pull import pull
@@ -38,14 +38,18 @@ def _print_version(context: click.Context, param: click.Parameter, value: bool) 
 )
 @click.option("--debug", is_flag=True, help="Show the traceback of an unexpected error.")
 @click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version,
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
     help="Print the version.",
-)  # fmt: skip
+)
 def cli(debug: bool) -> None:
     """Run Llama models on this computer.
 
     MODEL is a catalog name (smollm2-135m, llama-3.1-8b-instruct, ...; see `pronk list --all`), a
-    Hugging Face id (owner/name), or the path of a GGUF file, a Hugging Face folder or a Meta folder.
+    Hugging Face id (owner/name), or a path to a GGUF file, a Hugging Face folder or a Meta folder.
     """
 
 
@@ -54,9 +58,11 @@ for _verb in (chat, generate, pull, list_, show, rm, tokenize, bench, perplexity
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line; returns its exit code and raises nothing."""
+    """Runs one command line, that of the process by default; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = False
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no emoji
     try:
         with cli.make_context("pronk", arguments or ["--help"]) as context:
             debug = context.params["debug"]
@@ -78,13 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         return _fail(_unexpected(error), 1)
-
-
-def run() -> None:
-    """The entry point of the `pronk` script."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no emoji
-    sys.exit(main())
 
 
 def _usage(error: click.ClickException) -> str:

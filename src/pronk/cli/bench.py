@@ -8,33 +8,46 @@ import click
 
 from pronk.cli.common import (
     LoadOptions,
-    Text,
-    Whole,
     columns,
     emit,
     json_option,
     load_options,
-    shown_progress,
+    text,
+    whole,
 )
+from pronk.cli.progress import Reporter
 
 if TYPE_CHECKING:
-    from pronk.backends.protocol import KvDtype
     from pronk.core.progress import Progress
     from pronk.engine.bench import Demand, Limits, Plan, Speed
     from pronk.engine.load import LoadOps
 
 
 @click.command()
-@click.argument("model", type=Text())
-@click.option("-p", "prompt", type=Whole(1), default=512, show_default=True, help="Tokens to read.")
-@click.option("-n", "generate", type=Whole(1), default=128, show_default=True,
-              help="Tokens to write.")
-@click.option("-d", "depth", type=Whole(0), default=0, show_default=True,
-              help="Tokens already in the context.")
-@click.option("-b", "batch", type=Whole(1, 512), default=1, show_default=True,
-              help="Sequences side by side.")
-@click.option("-r", "repeat", type=Whole(1, 1000), default=5, show_default=True,
-              help="Runs; the median counts.")
+@click.argument("model", type=text)
+@click.option("-p", "prompt", type=whole(1), default=512, show_default=True, help="Tokens to read.")
+@click.option(
+    "-n", "generate", type=whole(1), default=128, show_default=True, help="Tokens to write."
+)
+@click.option(
+    "-d",
+    "depth",
+    type=whole(0),
+    default=0,
+    show_default=True,
+    help="Tokens already in the context.",
+)
+@click.option(
+    "-b", "batch", type=whole(1, 512), default=1, show_default=True, help="Sequences side by side."
+)
+@click.option(
+    "-r",
+    "repeat",
+    type=whole(1, 1000),
+    default=5,
+    show_default=True,
+    help="Runs; the median counts.",
+)
 @load_options
 @json_option
 def bench(
@@ -46,7 +59,7 @@ def bench(
     repeat: int,
     load: LoadOptions,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Measure prefill and decode speed.
 
     In the same run the machine's memory bandwidth and int8 rate are measured, and each speed is
@@ -55,7 +68,7 @@ def bench(
     from pronk.engine.bench import Plan
 
     plan = Plan(prompt, generate, depth, batch, repeat)
-    with shown_progress() as progress:
+    with Reporter() as progress:
         result = run_bench(model, plan, load, progress)
     if as_json:
         emit(result)
@@ -63,9 +76,7 @@ def bench(
         _print(result)
 
 
-def run_bench(
-    model: str, plan: "Plan", load: LoadOptions, progress: "Progress"
-) -> dict[str, Any]:
+def run_bench(model: str, plan: "Plan", load: LoadOptions, progress: "Progress") -> dict[str, Any]:
     """The measurements as JSON values: tokens, bytes and multiply-accumulates a second."""
     from pronk.backends.select import select_backend
     from pronk.checkpoints.pull import locate
@@ -74,9 +85,13 @@ def run_bench(
     path = locate(model, progress=progress)
     ops = cast("LoadOps", select_backend(load.backend))
     subject = measure.load_subject(
-        path, plan, ops=ops, threads=load.threads, kv_dtype=cast("KvDtype", load.kv_dtype),
+        path,
+        plan,
+        ops=ops,
+        threads=load.threads,
+        kv_dtype=load.kv_dtype,
         progress=progress,
-    )  # fmt: skip
+    )
     prefill = measure.measure_prefill(subject, plan, progress=progress)
     decode = measure.measure_decode(subject, plan, progress=progress)
     peak = _peak_memory()  # before the buffers that the bandwidth is measured with
@@ -85,8 +100,11 @@ def run_bench(
         "model": model,
         "parameters": subject.config.n_params,
         "weight_bytes": subject.weight_bytes,
-        "prompt": plan.prompt, "generate": plan.generate, "depth": plan.depth,
-        "batch": plan.batch, "repeat": plan.repeat,
+        "prompt": plan.prompt,
+        "generate": plan.generate,
+        "depth": plan.depth,
+        "batch": plan.batch,
+        "repeat": plan.repeat,
         "backend": ops.name,
         **_machine(ops.name, load.threads),
         "bandwidth_bytes_per_s": limits.bandwidth if limits else None,
@@ -94,7 +112,7 @@ def run_bench(
         "prefill": _phase(prefill, measure.prefill_demand(subject, plan), limits),
         "decode": _phase(decode, measure.decode_demand(subject, plan), limits),
         "peak_memory_bytes": peak,
-    }  # fmt: skip
+    }
 
 
 def _phase(speed: "Speed", demand: "Demand", limits: "Limits | None") -> dict[str, Any]:

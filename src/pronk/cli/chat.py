@@ -1,13 +1,8 @@
 """`pronk chat`: one answer, or a conversation in the terminal."""
 
-import contextlib
 import dataclasses
 import json
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,40 +10,32 @@ import click
 from pronk.cli.common import (
     LoadOptions,
     SamplingOptions,
-    Text,
     context_option,
     emit,
-    human_count,
     json_option,
     load_model,
     load_options,
-    note,
     read_text,
     sampling_options,
+    text,
 )
+from pronk.cli.conversation import Conversation, converse, say
 from pronk.core.errors import UserError
 
 if TYPE_CHECKING:
-    from pronk.engine.llm import LLM
-    from pronk.engine.replies import Piece, Reply
-    from pronk.text.messages import Message, ToolCall
-
-HELP = """\
-/system TEXT   set the system prompt (without TEXT: show it)
-/clear         forget the conversation, keep the system prompt
-/tool RESULT   answer the tool call that the model has just made
-/help          this list
-/exit, /quit   leave, like Ctrl-D
-\"\"\"            begins and ends a prompt of several lines
-Ctrl-C stops an answer; at the prompt it leaves."""
+    from pronk.engine.replies import Reply
 
 
 @click.command()
-@click.argument("model", type=Text(), required=False)
-@click.argument("prompt", type=Text(), required=False)
-@click.option("--system", type=Text(), help="System prompt.")
-@click.option("--tools", type=Text(), metavar="FILE",
-              help="JSON list of OpenAI tool definitions that the model may call.")
+@click.argument("model", type=text, required=False)
+@click.argument("prompt", type=text, required=False)
+@click.option("--system", type=text, help="System prompt.")
+@click.option(
+    "--tools",
+    type=text,
+    metavar="FILE",
+    help="JSON list of OpenAI tool definitions that the model may call.",
+)
 @sampling_options
 @context_option
 @load_options
@@ -62,14 +49,14 @@ def chat(
     ctx: int | None,
     load: LoadOptions,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Chat, or answer PROMPT.
 
     Without MODEL the default model is used, which is fetched on first use. Without PROMPT the
     prompt is all of stdin; on a terminal a conversation begins (/help lists its commands).
     """
     model, prompt = model_and_prompt(model, prompt)
-    definitions = read_tools(tools) if tools else None
+    definitions = None if tools is None else read_tools(tools)
     interactive = prompt is None and sys.stdin.isatty()
     if interactive and as_json:
         raise UserError("PROMPT: --json needs one, as an argument or on stdin")
@@ -119,7 +106,7 @@ def read_tools(path: str) -> list[dict[str, Any]]:
 
     try:
         definitions = json.loads(read_text("--tools", path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--tools: {path} is not JSON: {error}") from None
     try:
         tools_from_dicts(definitions)
@@ -127,54 +114,6 @@ def read_tools(path: str) -> list[dict[str, Any]]:
         raise UserError(f"--tools: {path}: {error}") from None
     checked: list[dict[str, Any]] = definitions
     return checked
-
-
-class Conversation:
-    """The messages so far, and how the next one is made."""
-
-    def __init__(
-        self,
-        llm: "LLM",
-        system: str | None,
-        tools: list[dict[str, Any]] | None,
-        sampling: dict[str, Any],
-    ) -> None:
-        self.llm = llm
-        self.system = system
-        self.turns: list[Message] = []
-        self._options = {"tools": tools, **sampling}
-
-    @property
-    def messages(self) -> "list[Message]":
-        from pronk.text.messages import Message
-
-        return [*([Message("system", self.system)] if self.system else []), *self.turns]
-
-    @property
-    def open_calls(self) -> "list[ToolCall]":
-        """Tool calls of the last answer that have no result yet."""
-        calls: list[ToolCall] = []
-        for turn in self.turns:
-            calls = calls[1:] if turn.role == "tool" else list(turn.tool_calls)
-        return calls
-
-    def ask(self, prompt: str) -> None:
-        from pronk.text.messages import Message
-
-        self.turns.append(Message("user", prompt))
-
-    def give_result(self, result: str) -> None:
-        """Answers the first open tool call."""
-        from pronk.text.messages import Message
-
-        call = self.open_calls[0]
-        self.turns.append(Message("tool", result, tool_call_id=call.id, name=call.name))
-
-    def answer(self) -> "Reply":
-        return self.llm.chat(self.messages, **self._options)
-
-    def stream(self) -> "Iterator[Piece]":
-        return self.llm.stream(self.messages, **self._options)
 
 
 def reply_json(model: str, reply: "Reply") -> dict[str, Any]:
@@ -191,150 +130,3 @@ def reply_json(model: str, reply: "Reply") -> dict[str, Any]:
         "timings": dataclasses.asdict(timings)
         | {"prompt_speed": timings.prompt_speed, "decode_speed": timings.decode_speed},
     }
-
-
-def say(pieces: "Iterator[Piece]", stopped: Callable[[], bool] = lambda: False) -> "Said":
-    """Prints an answer as it comes, its tool calls as one line of JSON each at the end. Between
-    two pieces `stopped` may end it."""
-    parts: list[str] = []
-    reply = None
-    for piece in pieces:
-        parts.append(piece.text)
-        click.echo(piece.text, nl=False)
-        reply = piece.reply
-        if reply is None and stopped():
-            break
-    text = "".join(parts)
-    if text and not text.endswith("\n"):
-        click.echo()
-    for call in reply.tool_calls if reply else ():
-        click.echo(json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False))
-    if reply and reply.finish_reason == "length":
-        note(f"(cut after {reply.usage.completion_tokens} tokens)")
-    return Said(text, reply)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Said:
-    text: str
-    reply: "Reply | None"
-    """None for an answer that was stopped."""
-
-
-class Leave(Exception):
-    """The user wants out of the conversation."""
-
-
-def converse(conversation: Conversation, model: str) -> None:
-    """The conversation on a terminal."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (gives input() its line editing and history)
-
-    llm = conversation.llm
-    note(
-        f"{model}: {human_count(llm.config.n_params)} parameters, context {llm.context} tokens,"
-        f" {llm.backend_name} backend. /help lists the commands, Ctrl-D leaves."
-    )
-    while True:
-        try:
-            turn(conversation, read_line())
-        except (EOFError, Leave):
-            click.echo(err=True)
-            return
-        except UserError as error:
-            click.echo(f"pronk: error: {error}", err=True)
-
-
-def turn(conversation: Conversation, line: str) -> None:
-    """One line of the user: a command or a prompt. An answer that fails leaves the conversation
-    as it was."""
-    before = list(conversation.turns)
-    if line.startswith("/"):
-        if not command(conversation, line):
-            return
-    elif line.strip():
-        conversation.ask(line)
-    else:
-        return
-    try:
-        with stop_by_ctrl_c() as stop:
-            said = say(conversation.stream(), stop.is_set)
-    except BaseException:
-        conversation.turns = before
-        raise
-    if said.reply:
-        conversation.turns.append(said.reply.message)
-        timings = said.reply.timings
-        note(
-            f"[{said.reply.usage.completion_tokens} tokens, {timings.decode_speed:.1f} tokens/s,"
-            f" first after {timings.prompt_seconds:.2f} s]"
-        )
-        if said.reply.tool_calls:
-            note("[answer the call with /tool RESULT]")
-    else:
-        from pronk.text.messages import Message
-
-        conversation.turns.append(Message("assistant", said.text))
-        note("[stopped]")
-
-
-def command(conversation: Conversation, line: str) -> bool:
-    """Runs a slash command; True if the model is to answer now."""
-    name, _, text = line.partition(" ")
-    text = text.strip()
-    match name:
-        case "/exit" | "/quit":
-            raise Leave
-        case "/help":
-            note(HELP)
-        case "/clear":
-            conversation.turns.clear()
-            note("[cleared]")
-        case "/system":
-            if text:
-                conversation.system = text
-            note(f"[system prompt: {conversation.system or 'none'}]")
-        case "/tool":
-            if not conversation.open_calls:
-                raise UserError("/tool: there is no tool call to answer")
-            conversation.give_result(text)
-            return not conversation.open_calls
-        case _:
-            raise UserError(f"{name}: unknown command; /help lists them")
-    return False
-
-
-def read_line() -> str:
-    """A prompt from the terminal: one line, or several between two \"\"\"."""
-    line = _input("> ")
-    if not line.lstrip().startswith('"""'):
-        return line
-    text = line.lstrip()[3:]
-    while not text.rstrip().endswith('"""'):
-        text += "\n" + _input(". ")
-    return text.rstrip().removesuffix('"""').strip("\n")
-
-
-def _input(prompt: str) -> str:
-    if sys.stdout.isatty():
-        return input(prompt)
-    click.echo(prompt, nl=False, err=True)  # the answers go to a file, the prompt must not
-    return input()
-
-
-@contextlib.contextmanager
-def stop_by_ctrl_c() -> Iterator[threading.Event]:
-    """Inside, a first Ctrl-C sets the event, so that a step of the engine is never torn; a second
-    one is a KeyboardInterrupt, for an answer that does not even begin."""
-    stop = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)

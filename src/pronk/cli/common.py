@@ -1,109 +1,79 @@
-"""What all verbs share: option types, the options of loading and sampling, output, progress.
+"""What all verbs share: option types, the options of loading and sampling, input and output.
 
 Importing this loads nothing but click; what a verb needs is imported inside its function.
 """
 
+import contextlib
 import functools
 import json
-import math
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
+from pronk.cli.progress import Reporter
 from pronk.core.errors import UserError
 
 if TYPE_CHECKING:
-    from click._termui_impl import ProgressBar
-
+    from pronk.backends.protocol import KvDtype
     from pronk.checkpoints.catalog import Licence, ModelRef
     from pronk.engine.llm import LLM
 
 Command: TypeAlias = Callable[..., None]
 
 
-# Option types. Each message names the value and the limit; app.py puts the option's name before it.
+# Option types: functions from the text of an option to its value. Their messages name the value and
+# the limit; app.py puts the option's name in front. Their own names are what --help shows.
 
 
-class Text(click.ParamType):
+def text(value: str) -> str:
     """Any text; bytes of the command line that are no UTF-8 are refused."""
-
-    name = "text"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str:
-        data = str(value).encode("utf-8", "surrogateescape")
-        try:
-            return data.decode()
-        except UnicodeDecodeError as error:
-            self.fail(f"invalid UTF-8 at byte {error.start} (0x{data[error.start]:02x})", param, ctx)
+    data = value.encode("utf-8", "surrogateescape")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        byte = data[error.start]
+        raise click.BadParameter(f"invalid UTF-8 at byte {error.start} (0x{byte:02x})") from None
 
 
-class Whole(click.ParamType):
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     """A whole number from `low` to `high`."""
 
-    name = "n"
-
-    def __init__(self, low: int, high: int | None = None) -> None:
-        self.low, self.high = low, high
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        try:
+    def n(value: str) -> int:
+        with contextlib.suppress(ValueError):
             number = int(value)
-        except ValueError:
-            number = self.low - 1
-        if number < self.low or (self.high is not None and number > self.high):
-            limits = f"from {self.low} to {self.high}" if self.high else f"of at least {self.low}"
-            self.fail(f"{value} is not a whole number {limits}", param, ctx)
-        return number
+            if low <= number and (high is None or number <= high):
+                return number
+        limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise click.BadParameter(f"{value} is not a whole number {limits}")
+
+    return n
 
 
-class Real(click.ParamType):
+def real(low: float, high: float, *, positive: bool = False) -> Callable[[str], float]:
     """A number from `low` to `high`; `low` itself only if it is not `positive`."""
 
-    name = "x"
-
-    def __init__(self, low: float, high: float, *, positive: bool = False) -> None:
-        self.low, self.high, self.positive = low, high, positive
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        try:
+    def x(value: str) -> float:
+        with contextlib.suppress(ValueError):
             number = float(value)
-        except ValueError:
-            number = math.nan
-        if not self.low <= number <= self.high or (self.positive and number == self.low):
-            limits = f"above {self.low:g} and at most" if self.positive else f"from {self.low:g} to"
-            self.fail(f"{value} is not a number {limits} {self.high:g}", param, ctx)
-        return number
+            if low <= number <= high and not (positive and number == low):
+                return number
+        limits = f"above {low:g} and at most" if positive else f"from {low:g} to"
+        raise click.BadParameter(f"{value} is not a number {limits} {high:g}")
+
+    return x
 
 
-class Bias(click.ParamType):
+def bias(value: str) -> tuple[int, float]:
     """ID=AMOUNT, what is added to the logit of one token."""
-
-    name = "id=x"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, float]:
-        if isinstance(value, tuple):
-            return value
-        token, _, amount = str(value).partition("=")
-        try:
-            return Whole(0).convert(token, None, None), Real(-100, 100).convert(amount, None, None)
-        except click.BadParameter as error:
-            self.fail(f"{value!r} is not ID=AMOUNT: {error.message}", param, ctx)
+    token, _, amount = value.partition("=")
+    try:
+        return whole(0)(token), real(-100, 100)(amount)
+    except click.BadParameter as error:
+        raise click.BadParameter(f"{value!r} is not ID=AMOUNT: {error.message}") from None
 
 
 def read_text(name: str, path: str) -> str:
@@ -125,10 +95,10 @@ def read_prompt(prompt: str | None, path: str | None) -> str:
     """PROMPT or the text of --file, whichever was given."""
     if (prompt is None) == (path is None):
         raise UserError("PROMPT: give either PROMPT or --file FILE")
-    text = prompt if prompt is not None else read_text("--file", path or "-")
-    if not text:
+    given = prompt if prompt is not None else read_text("--file", path or "-")
+    if not given:
         raise UserError("PROMPT: it is empty; at least one character is needed")
-    return text
+    return given
 
 
 # Options that several verbs have.
@@ -138,7 +108,7 @@ def read_prompt(prompt: str | None, path: str | None) -> str:
 class LoadOptions:
     threads: int | None
     backend: str
-    kv_dtype: str
+    kv_dtype: "KvDtype"
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +138,7 @@ class SamplingOptions:
 Wrap: TypeAlias = Callable[[Command], Command]
 
 _LOAD: Sequence[Wrap] = (
-    click.option("--threads", type=Whole(1, 1024), help="CPU threads (default: all cores)."),
+    click.option("--threads", type=whole(1, 1024), help="CPU threads (default: all cores)."),
     click.option("--backend", type=click.Choice(["auto", "cpu", "reference"]), default="auto",
                  help="Compiled kernels or plain NumPy."),
     click.option("--kv-dtype", type=click.Choice(["f32", "f16", "int8"]), default="f16",
@@ -176,28 +146,28 @@ _LOAD: Sequence[Wrap] = (
 )  # fmt: skip
 
 _SAMPLING: Sequence[Wrap] = (
-    click.option("--temperature", type=Real(0, 100), help="0 always takes the likeliest token."),
-    click.option("--top-p", type=Real(0, 1, positive=True),
+    click.option("--temperature", type=real(0, 100), help="0 always takes the likeliest token."),
+    click.option("--top-p", type=real(0, 1, positive=True),
                  help="Only the likeliest tokens that together reach this probability."),
-    click.option("--top-k", type=Whole(0), help="Only the k likeliest tokens; 0 is off."),
-    click.option("--min-p", type=Real(0, 1),
+    click.option("--top-k", type=whole(0), help="Only the k likeliest tokens; 0 is off."),
+    click.option("--min-p", type=real(0, 1),
                  help="Only tokens at least this fraction as likely as the likeliest."),
-    click.option("--repetition-penalty", type=Real(0, 100, positive=True),
+    click.option("--repetition-penalty", type=real(0, 100, positive=True),
                  help="Makes tokens seen before less likely; 1 is off."),
-    click.option("--presence-penalty", type=Real(-2, 2),
+    click.option("--presence-penalty", type=real(-2, 2),
                  help="Taken off the logit of each token of the answer."),
-    click.option("--frequency-penalty", type=Real(-2, 2),
+    click.option("--frequency-penalty", type=real(-2, 2),
                  help="The same, as often as the token occurs."),
-    click.option("--logit-bias", type=Bias(), multiple=True,
+    click.option("--logit-bias", type=bias, metavar="ID=X", multiple=True,
                  help="Added to a token's logit; may be repeated."),
-    click.option("--stop", type=Text(), multiple=True,
+    click.option("--stop", type=text, multiple=True,
                  help="Text that ends the answer; may be repeated."),
-    click.option("--max-tokens", type=Whole(1), help="Longest answer in tokens."),
-    click.option("--seed", type=Whole(0, 2**63 - 1), help="Same seed, same answer."),
+    click.option("--max-tokens", type=whole(1), help="Longest answer in tokens."),
+    click.option("--seed", type=whole(0, 2**63 - 1), help="Same seed, same answer."),
 )  # fmt: skip
 
 context_option: Wrap = click.option(
-    "--ctx", type=Whole(1), help="Context in tokens (default: the model's, up to 8192)."
+    "--ctx", type=whole(1), help="Context in tokens (default: the model's, up to 8192)."
 )
 json_option: Wrap = click.option(
     "--json", "as_json", is_flag=True, help="One JSON object on stdout."
@@ -221,13 +191,14 @@ def _bundle(
     name: str,
 ) -> Command:
     @functools.wraps(command)
-    def wrapper(**values: Any) -> None:
+    def bundled(**values: Any) -> None:
         own = {field: values.pop(field) for field in bundle.__slots__}
         command(**values, **{name: bundle(**own)})
 
+    wrapped: Command = bundled
     for option in reversed(options):
-        wrapper = option(wrapper)
-    return wrapper
+        wrapped = option(wrapped)
+    return wrapped
 
 
 def load_model(
@@ -239,7 +210,7 @@ def load_model(
 
     show_terms_once(resolve_model(model).licence)
     arguments: dict[str, Any] = {} if max_batch is None else {"max_batch": max_batch}
-    with shown_progress() as progress:
+    with Reporter() as progress:
         return LLM(
             model,
             ctx=ctx,
@@ -268,10 +239,10 @@ def show_terms_once(licence: "Licence | None") -> None:
         return  # a cache that cannot be written only means that the terms are shown again
 
 
-def ref_of(text: str) -> "ModelRef":
+def ref_of(model: str) -> "ModelRef":
     from pronk.checkpoints.catalog import resolve_model
 
-    return resolve_model(text)
+    return resolve_model(model)
 
 
 # Output.
@@ -282,9 +253,9 @@ def emit(result: Mapping[str, Any]) -> None:
     click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False))
 
 
-def note(text: str) -> None:
+def note(words: str) -> None:
     """A word to the person, on stderr, dim where that is a terminal."""
-    click.secho(text, err=True, dim=True)
+    click.secho(words, err=True, dim=True)
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
@@ -310,73 +281,3 @@ def human_bytes(nbytes: int) -> str:
 
 def human_count(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
-
-
-# Progress.
-
-_PATIENCE_S = 0.5
-"""Work that is over before this is not worth a word."""
-_PLAIN_EVERY_S = 15.0
-"""How often progress is told where stderr is a file or a pipe."""
-
-
-class Reporter:
-    """A `Progress` for people: a bar on a terminal, now and then a line elsewhere."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # downloads report from a thread of their own
-        self._what = ""
-        self._since = self._said = 0.0
-        self._bar: ProgressBar[int] | None = None
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        with self._lock:
-            now = time.monotonic()
-            if what != self._what:
-                self._end()
-                self._what, self._since, self._said = what, now, 0.0
-            if now - self._since < _PATIENCE_S and total:
-                return
-            if total and sys.stderr.isatty():
-                self._draw(done, total)
-            else:
-                self._say(done, total, now)
-
-    def _draw(self, done: int, total: int) -> None:
-        if self._bar is None:
-            self._bar = click.progressbar(
-                length=total, label=self._what, file=sys.stderr, show_pos=False, width=30
-            )
-            self._bar.__enter__()
-        self._bar.update(done - self._bar.pos)
-
-    def _say(self, done: int, total: int, now: float) -> None:
-        if self._said and now - self._said < _PLAIN_EVERY_S and done < total:
-            return
-        self._said = now
-        percent = f" {100 * done // total} %" if total else ""
-        click.echo(f"{self._what}{percent}", err=True)
-
-    def _end(self) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(None, None, None)
-            self._bar = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with self._lock:
-            self._end()
-
-
-@contextmanager
-def shown_progress() -> Iterator[Reporter]:
-    """Progress of what runs inside, on stderr."""
-    with Reporter() as reporter:
-        yield reporter

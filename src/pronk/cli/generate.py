@@ -8,8 +8,6 @@ import click
 from pronk.cli.common import (
     LoadOptions,
     SamplingOptions,
-    Text,
-    Whole,
     columns,
     context_option,
     emit,
@@ -19,6 +17,8 @@ from pronk.cli.common import (
     note,
     read_prompt,
     sampling_options,
+    text,
+    whole,
 )
 
 if TYPE_CHECKING:
@@ -27,11 +27,15 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", type=Text())
-@click.argument("prompt", type=Text(), required=False)
-@click.option("--file", "path", type=Text(), help="Read the prompt from a file; - is stdin.")
-@click.option("--logprobs", type=Whole(0, 100), metavar="N",
-              help="Log probability of each token and of the N likeliest.")
+@click.argument("model", type=text)
+@click.argument("prompt", type=text, required=False)
+@click.option("--file", "path", type=text, help="Read the prompt from a file; - is stdin.")
+@click.option(
+    "--logprobs",
+    type=whole(0, 100),
+    metavar="N",
+    help="Log probability of each token and of the N likeliest.",
+)
 @sampling_options
 @context_option
 @load_options
@@ -45,11 +49,11 @@ def generate(
     ctx: int | None,
     load: LoadOptions,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Continue PROMPT. Only the continuation is printed."""
-    text = read_prompt(prompt, path)
+    prompt = read_prompt(prompt, path)
     llm = load_model(model, load, ctx=ctx)
-    completion = llm.generate(text, logprobs=logprobs, **sampling.given())
+    completion = llm.generate(prompt, logprobs=logprobs, **sampling.given())
     if as_json:
         emit(completion_json(model, llm, completion))
         return
@@ -72,7 +76,9 @@ def completion_json(model: str, llm: "LLM", completion: "Completion") -> dict[st
         "usage": dataclasses.asdict(completion.usage),
         "timings": dataclasses.asdict(timings)
         | {"prompt_speed": timings.prompt_speed, "decode_speed": timings.decode_speed},
-        "logprobs": None if completion.logprobs is None else [
+        "logprobs": None
+        if completion.logprobs is None
+        else [
             {
                 "id": item.token,
                 "piece": llm.tokenizer.decode([item.token]),
@@ -84,7 +90,7 @@ def completion_json(model: str, llm: "LLM", completion: "Completion") -> dict[st
             }
             for item in completion.logprobs
         ],
-    }  # fmt: skip
+    }
 
 
 def logprob_table(llm: "LLM", completion: "Completion") -> str:
@@ -94,6 +100,6 @@ def logprob_table(llm: "LLM", completion: "Completion") -> str:
         likeliest = ", ".join(
             f"{llm.tokenizer.decode([token])!r} {logprob:.3f}" for token, logprob in item.top
         )
-        text = repr(llm.tokenizer.decode([item.token]))
-        rows.append([str(item.token), f"{item.logprob:.4f}", text, likeliest])
+        piece = repr(llm.tokenizer.decode([item.token]))
+        rows.append([str(item.token), f"{item.logprob:.4f}", piece, likeliest])
     return columns(rows)

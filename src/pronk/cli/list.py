@@ -21,7 +21,9 @@ def list_(everything: bool, as_json: bool) -> None:
         click.echo(columns([["NAME", "PARAMETERS", "SIZE", "FORMAT", "LICENCE", "ON DISK"],
                             *map(_cells, rows)]))  # fmt: skip
     else:
-        note("no models on disk; `pronk pull smollm2-135m` fetches one, `pronk list --all` shows all")
+        note(
+            "no models on disk; `pronk pull smollm2-135m` fetches one, `pronk list --all` lists all"
+        )
 
 
 def _on_disk() -> list[dict[str, Any]]:

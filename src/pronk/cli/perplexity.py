@@ -8,15 +8,15 @@ import click
 
 from pronk.cli.common import (
     LoadOptions,
-    Text,
-    Whole,
     emit,
     json_option,
     load_model,
     load_options,
     read_text,
-    shown_progress,
+    text,
+    whole,
 )
+from pronk.cli.progress import Reporter
 from pronk.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,14 +25,23 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", type=Text())
-@click.argument("file", type=Text())
-@click.option("--ctx", type=Whole(2), default=512, show_default=True, help="Tokens of a window.")
-@click.option("--stride", type=Whole(1), help="From one window to the next (default: half of --ctx).")
-@click.option("--reference", type=Text(), metavar="MODEL",
-              help="Adds KL divergence from this model and top-1 agreement with it.")
-@click.option("--reference-backend", type=click.Choice(["auto", "cpu", "reference"]),
-              help="Backend of the reference (default: that of --backend).")
+@click.argument("model", type=text)
+@click.argument("file", type=text)
+@click.option("--ctx", type=whole(2), default=512, show_default=True, help="Tokens of a window.")
+@click.option(
+    "--stride", type=whole(1), help="From one window to the next (default: half of --ctx)."
+)
+@click.option(
+    "--reference",
+    type=text,
+    metavar="MODEL",
+    help="Adds KL divergence from this model and top-1 agreement with it.",
+)
+@click.option(
+    "--reference-backend",
+    type=click.Choice(["auto", "cpu", "reference"]),
+    help="Backend of the reference (default: that of --backend).",
+)
 @load_options
 @json_option
 def perplexity(
@@ -44,7 +53,7 @@ def perplexity(
     reference_backend: str | None,
     load: LoadOptions,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Measure how well a model predicts the text in FILE (- is stdin).
 
     Windows of --ctx tokens, --stride apart, cover the text; every token is scored once, with at
@@ -57,21 +66,26 @@ def perplexity(
     stride = stride or ctx // 2
     if stride >= ctx:
         raise UserError(f"--stride: {stride} is not from 1 to {ctx - 1} (below --ctx)")
-    text = read_text("FILE", file)
+    content = read_text("FILE", file)
     llm = load_model(model, load, ctx=ctx)
-    ids = llm.tokenizer.encode(text)
+    ids = llm.tokenizer.encode(content)
     bos_id = llm.tokenizer.bos_id if llm.tokenizer.add_bos else None
     next(windows(len(ids), ctx, stride, bos=bos_id is not None))  # refuses a text too short
     other = None
     if reference:
         options = dataclasses.replace(load, backend=reference_backend or load.backend)
         other = load_model(reference, options, ctx=ctx)
-        _check_same_vocabulary(llm, other, text[:2000])
-    with shown_progress() as progress:
+        _check_same_vocabulary(llm, other, content[:2000])
+    with Reporter() as progress:
         result = measure_perplexity(
-            llm.logits, ids, ctx=ctx, stride=stride, bos_id=bos_id,
-            reference=other.logits if other else None, progress=progress,
-        )  # fmt: skip
+            llm.logits,
+            ids,
+            ctx=ctx,
+            stride=stride,
+            bos_id=bos_id,
+            reference=other.logits if other else None,
+            progress=progress,
+        )
     facts = {"model": model, "reference": reference, "ctx": ctx, "stride": stride}
     _report(facts, result, as_json)
 
@@ -92,12 +106,16 @@ def _report(facts: dict[str, Any], result: "Perplexity", as_json: bool) -> None:
         finite = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
         emit(facts | finite)
         return
-    click.echo(f"perplexity {result.perplexity:.4f} +- {result.standard_error:.4f}"
-               f" over {result.n_scored} tokens")  # fmt: skip
+    click.echo(
+        f"perplexity {result.perplexity:.4f} +- {result.standard_error:.4f}"
+        f" over {result.n_scored} tokens"
+    )
     if result.comparison:
         c = result.comparison
         change = result.perplexity / c.reference_perplexity - 1
         click.echo(f"reference  {c.reference_perplexity:.4f} (this is {100 * change:+.2f} %)")
-        click.echo(f"KL divergence {c.kl_divergence:.6f} nats a token, 99th percentile"
-                   f" {c.kl_divergence_p99:.6f}")  # fmt: skip
+        click.echo(
+            f"KL divergence {c.kl_divergence:.6f} nats a token, 99th percentile"
+            f" {c.kl_divergence_p99:.6f}"
+        )
         click.echo(f"top-1 agreement {100 * c.top1_agreement:.2f} %")

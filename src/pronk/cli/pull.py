@@ -3,18 +3,18 @@
 import click
 
 from pronk.cli.common import (
-    Text,
     emit,
     human_bytes,
     json_option,
     ref_of,
     show_terms_once,
-    shown_progress,
+    text,
 )
+from pronk.cli.progress import Reporter
 
 
 @click.command()
-@click.argument("name", type=Text())
+@click.argument("name", type=text)
 @json_option
 def pull(name: str, as_json: bool) -> None:
     """Download a model, verified, into the cache.
@@ -26,7 +26,7 @@ def pull(name: str, as_json: bool) -> None:
 
     ref = ref_of(name)
     show_terms_once(ref.licence)
-    with shown_progress() as progress:
+    with Reporter() as progress:
         model = fetching.pull(ref, progress=progress)
     if as_json:
         emit(

@@ -2,11 +2,11 @@
 
 import click
 
-from pronk.cli.common import Text, emit, human_bytes, json_option, ref_of
+from pronk.cli.common import emit, human_bytes, json_option, ref_of, text
 
 
 @click.command()
-@click.argument("name", type=Text())
+@click.argument("name", type=text)
 @json_option
 def rm(name: str, as_json: bool) -> None:
     """Remove a model that `pull` fetched.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pronk.cli.common import FORMATS, Text, emit, human_bytes, human_count, json_option, ref_of
+from pronk.cli.common import FORMATS, emit, human_bytes, human_count, json_option, ref_of, text
 from pronk.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("name", type=Text())
+@click.argument("name", type=text)
 @json_option
 def show(name: str, as_json: bool) -> None:
     """Show what a model is: size, format, licence, chat template.
@@ -113,14 +113,16 @@ def _rope(config: "ModelConfig") -> dict[str, Any]:
     scaling = config.rope_scaling
     return {
         "theta": config.rope_theta,
-        "scaling": None if scaling is None else {
+        "scaling": None
+        if scaling is None
+        else {
             "factor": scaling.factor,
             "low_freq_factor": scaling.low_freq_factor,
             "high_freq_factor": scaling.high_freq_factor,
             "original_context": scaling.original_context,
         },
         "largest_divisor": max(config.rope_divisors) if config.rope_divisors else None,
-    }  # fmt: skip
+    }
 
 
 def _tokenizer_facts(checkpoint: "Checkpoint") -> tuple[str, str | None]:
@@ -170,10 +172,13 @@ def _file_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         scaled = f"scaled by up to {rope['largest_divisor']:g} (table in the file)"
     return [
         ("tensors", kinds),
-        ("shape", f"{facts['layers']} layers, width {facts['dim']}, hidden {facts['ffn_dim']},"
-                  f" {facts['heads']} heads of {facts['head_dim']} sharing {facts['kv_heads']}"
-                  " key/value heads"),
+        (
+            "shape",
+            f"{facts['layers']} layers, width {facts['dim']}, hidden {facts['ffn_dim']},"
+            f" {facts['heads']} heads of {facts['head_dim']} sharing {facts['kv_heads']}"
+            " key/value heads",
+        ),
         ("embeddings", f"{facts['vocab_size']} tokens, output {tied}"),
         ("rope", f"theta {rope['theta']:g}, {scaled}"),
         ("tokenizer", facts["tokenizer"]),
-    ]  # fmt: skip
+    ]

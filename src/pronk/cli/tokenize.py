@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pronk.cli.common import Text, emit, json_option, read_prompt
+from pronk.cli.common import emit, json_option, read_prompt, text
+from pronk.cli.progress import Reporter
 from pronk.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -13,11 +14,16 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", type=Text())
-@click.argument("text", type=Text(), required=False)
-@click.option("--file", "path", type=Text(), help="Read the text from a file; - is stdin.")
-@click.option("--decode", "ids", type=Text(), metavar="IDS",
-              help="Print the text of these ids, given as 1,2,3 or '1 2 3'.")
+@click.argument("model", type=text)
+@click.argument("text", type=text, required=False)
+@click.option("--file", "path", type=text, help="Read the text from a file; - is stdin.")
+@click.option(
+    "--decode",
+    "ids",
+    type=text,
+    metavar="IDS",
+    help="Print the text of these ids, given as 1,2,3 or '1 2 3'.",
+)
 @click.option("--special", is_flag=True, help="Let the text of special tokens become those tokens.")
 @click.option("--bos", is_flag=True, help="Begin with the beginning-of-text token.")
 @json_option
@@ -29,7 +35,7 @@ def tokenize(
     special: bool,
     bos: bool,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Print the token ids of TEXT, or the text of ids."""
     if ids is not None and (text is not None or path is not None or special or bos):
         raise UserError("--decode: goes with no TEXT, --file, --special or --bos")
@@ -64,10 +70,9 @@ def open_tokenizer(model: str) -> "Tokenizer":
     """The tokenizer of a model, without loading its weights."""
     from pronk.checkpoints.open import open_checkpoint
     from pronk.checkpoints.pull import locate
-    from pronk.cli.common import shown_progress
     from pronk.engine.load import load_tokenizer
 
-    with shown_progress() as progress:
+    with Reporter() as progress:
         path = locate(model, progress=progress)
     with open_checkpoint(path) as checkpoint:
         return load_tokenizer(checkpoint)

@@ -172,10 +172,11 @@ def measure_prefill(subject: Subject, plan: Plan, *, progress: Progress = silent
 def measure_decode(subject: Subject, plan: Plan, *, progress: Progress = silent) -> Speed:
     """Speed of writing `generate` tokens after the first one."""
     engine, config, rates = subject.engine, subject.config, []
+    params = _greedy(plan.generate + 1)
     for run in range(plan.repeat + 1):
         progress(run, plan.repeat + 1, "measuring decode")
         requests = [
-            Request(_random_ids(config, max(plan.depth, 1), (run, i, 2)), _greedy(plan.generate + 1))
+            Request(_random_ids(config, max(plan.depth, 1), (run, i, 2)), params)
             for i in range(plan.batch)
         ]
         for request in requests:
@@ -200,9 +201,7 @@ def prefill_demand(subject: Subject, plan: Plan) -> Demand:
     context = plan.depth + plan.prompt / 2
     kv = steps * plan.batch * context * subject.kv_bytes
     head = config.dim * config.vocab_size / plan.prompt  # logits of the last row only
-    return Demand(
-        (steps * subject.weight_bytes + kv) / rows, _layer_macs(config, context) + head
-    )
+    return Demand((steps * subject.weight_bytes + kv) / rows, _layer_macs(config, context) + head)
 
 
 def decode_demand(subject: Subject, plan: Plan) -> Demand:
@@ -226,4 +225,4 @@ def _greedy(n: int) -> SamplingParams:
 
 def _random_ids(config: ModelConfig, n: int, seed: Sequence[int]) -> list[int]:
     """Ids that no other run has: a stored prefix would make the measurement a lie."""
-    return np.random.default_rng(seed).integers(0, config.vocab_size, n).tolist()
+    return list(map(int, np.random.default_rng(seed).integers(0, config.vocab_size, n)))

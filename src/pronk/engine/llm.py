@@ -229,9 +229,7 @@ class LLM:
             return self._generate([cast(Prompt, prompt)], params)[0]
         return self._generate(cast(Prompts, prompt), params)
 
-    def _generate(
-        self, prompts: Prompts, params: SamplingParams
-    ) -> list[Completion]:
+    def _generate(self, prompts: Prompts, params: SamplingParams) -> list[Completion]:
         requests = [self._request(self._ids(p), params, self._text_out(params)) for p in prompts]
         self._open_engine().run(requests)
         return [completion_of(request) for request in requests]
@@ -284,9 +282,7 @@ class LLM:
         return Request(ids, params, eos_ids=self.tokenizer.stop_ids, text=text)
 
     def _text_out(self, params: SamplingParams) -> TextOut:
-        return TextOut(
-            self.tokenizer.stream(), params.stop, n_tokens=self.tokenizer.vocab_size
-        )
+        return TextOut(self.tokenizer.stream(), params.stop, n_tokens=self.tokenizer.vocab_size)
 
     def _ids(self, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, str):
@@ -298,7 +294,7 @@ def _is_one(prompt: Prompt | Prompts) -> bool:
     """One prompt, not several; an empty list is an empty prompt."""
     if isinstance(prompt, str) or len(prompt) == 0:
         return True
-    return not isinstance(prompt[0], (str, list, tuple, np.ndarray))  # noqa: UP038
+    return not isinstance(prompt[0], (str, list, tuple, np.ndarray))
 
 
 def _check_whole(name: str, value: int, low: int, high: int) -> None:

@@ -116,9 +116,7 @@ class Need:
         return min(low * BLOCK, self.config.context)
 
 
-def fit(
-    need: Need, context: int | None, kv_dtype: KvDtype, free: int | None
-) -> tuple[int, int]:
+def fit(need: Need, context: int | None, kv_dtype: KvDtype, free: int | None) -> tuple[int, int]:
     """The context and the number of KV blocks of a run with `free` bytes of memory.
 
     Without a given context it is the model's own, at most DEFAULT_CONTEXT, or what there is memory

@@ -63,7 +63,6 @@ def windows(n_tokens: int, ctx: int, stride: int, *, bos: bool) -> Iterator[Wind
         start, scored = start + stride, stop
 
 
-
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """How a model predicts the same tokens as its reference."""

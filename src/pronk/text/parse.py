@@ -588,6 +588,7 @@ class ReplyParser:
 
     def _abort(self) -> None:
         if self._draft.started and not self._draft.ended:
+            self._flush()  # so that the events do not tell how the text was cut
             self._events.append(ToolCallAbort(self._index))
             self._leave(self._draft)
 

@@ -2,13 +2,15 @@
 
 Jinja's immutable sandbox keeps a template away from Python's internals. What it does not bound is
 added here: every loop pass, macro call, filter, call, operator and printed value is charged to a
-`Meter`, so that a template neither runs forever nor fills the memory. The dialect is the one of
-Hugging Face chat templates. What is rendered, and what becomes of it, is in template.py.
+`Meter` by the size of what it makes, before it is made where that can be much more than what went
+in. So a template neither runs for long nor fills the memory. The dialect is the one of Hugging
+Face chat templates. What is rendered, and what becomes of it, is in template.py.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
@@ -29,15 +31,25 @@ MAX_SOURCE = 1 << 18
 """Characters of a template; the largest published ones have about 30,000."""
 
 _MAX_NUMBER = 100_000  # of a width, a count, a range: what such an argument may be at most
+_MAX_BITS = 100_000  # of an integer
+_MAX_SECONDS = 10.0
 _WIDE = re.compile(r"\d{6}")
+_FIELD = re.compile(r"[%{]")
 _TICK, _CONCAT = "charge a pass", "join text"  # filter names that no template can spell
+# Filters that look at the entries of a list only one by one, or not at all. All others may write
+# out the whole of their input.
+_BY_ENTRY = frozenset({"attr", "batch", "count", "d", "default", "dictsort", "first", "groupby",
+                       "items", "last", "length", "list", "map", "max", "min", "random", "reject",
+                       "rejectattr", "reverse", "select", "selectattr", "slice", "sort", "sum",
+                       "unique"})  # fmt: skip
+_HTML = ("pprint", "urlize", "wordwrap", "xmlattr")
+_REFUSED_METHODS = frozenset({"expandtabs", "translate"})
 
 
 class TemplateLimit(Exception):
     """A template did more than it may."""
 
 
-@dataclass(slots=True)
 class Meter:
     """What one rendering may still spend: one unit a step and one a character or list entry.
 
@@ -45,16 +57,29 @@ class Meter:
     that JSON text keeps as it is.
     """
 
-    left: int
-    open: str
-    close: str
-    shield: str
+    def __init__(self, budget: int, open: str, close: str, shield: str) -> None:
+        self.left = budget
+        self.deadline = time.monotonic() + _MAX_SECONDS
+        self.open, self.close, self.shield = open, close, shield
 
-    def charge(self, value: object) -> None:
-        """Pay for a step and for the size of its result."""
-        self.left -= 1 + _size(value)
-        if self.left < 0:
+    def charge(self, size: int) -> None:
+        """Pay for a step that makes something of `size`."""
+        self.left -= 1 + size
+        if self.left < 0 or time.monotonic() > self.deadline:
             raise TemplateLimit("it runs too long or writes too much")
+
+    def charge_text(self, value: object) -> int:
+        """Pay for writing out `value` with all that is in it; how much that is."""
+        size, todo = 0, [value]
+        while todo and size <= self.left:
+            item = todo.pop()
+            size += 1 + _size(item)
+            if isinstance(item, list | tuple):
+                todo += item
+            elif isinstance(item, dict):
+                todo += [*item.keys(), *item.values()]
+        self.charge(size)
+        return size
 
 
 _meter: ContextVar[Meter] = ContextVar("pronk_template_meter")
@@ -109,7 +134,7 @@ def template_error(error: Exception) -> UserError:
 
 def _charged(pieces: Iterator[str], meter: Meter) -> Iterator[str]:
     for piece in pieces:
-        meter.charge(piece)
+        meter.charge(len(piece))
         yield piece
 
 
@@ -125,12 +150,6 @@ def _check_numbers(arguments: tuple[object, ...], named: Mapping[str, object]) -
             raise TemplateLimit(f"the number {value:.6g} is too large for an argument")
 
 
-def _check_format(text: object) -> None:
-    """Refuse format strings whose widths would blow the text up."""
-    if isinstance(text, str) and _WIDE.search(text):
-        raise TemplateLimit(f"a width in the format {text[:40]!r} is too large")
-
-
 class _Environment(ImmutableSandboxedEnvironment):
     """Jinja's sandbox that also charges operators and calls."""
 
@@ -138,33 +157,72 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
-            _charge_repetition(left, right)
-        elif operator == "**" and not abs(right) <= 64:
+            _charge_product(left, right)
+        elif operator == "**" and not _bits(left) * abs(right) <= _MAX_BITS:
             raise TemplateLimit(f"the power {right} is too large")
         elif operator == "%" and isinstance(left, str):
-            _check_format(left)
             _check_numbers(right if isinstance(right, tuple) else (), {})
+            _charge_format(left, right)
         result = super().call_binop(context, operator, left, right)
-        _meter.get().charge(result)
+        _meter.get().charge(_size(result))
         return result
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         _check_numbers(args, kwargs)
+        owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
+        if isinstance(owner, str):
+            if name in _REFUSED_METHODS:
+                raise TemplateLimit(f"the text method {name} is not available")
+            args = _charge_growth(name, owner, args)
         result = super().call(context, obj, *args, **kwargs)
-        _meter.get().charge(result)
+        _meter.get().charge(_size(result))
         return result
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        _check_format(getattr(value, "__self__", None) if callable(value) else None)
-        return super().wrap_str_format(value)
+        """Jinja's replacement of `str.format`, which is charged for what it writes."""
+        safe = super().wrap_str_format(value)
+        if safe is None:
+            return None
+
+        def charged(*args: Any, **kwargs: Any) -> str:
+            _charge_format(value.__self__, (*args, kwargs))
+            return safe(*args, **kwargs)
+
+        return charged
 
 
-def _charge_repetition(left: object, right: object) -> None:
-    """Pay for `text * count` before it is built."""
+def _bits(value: object) -> int:
+    return value.bit_length() if isinstance(value, int) else 0
+
+
+def _charge_product(left: object, right: object) -> None:
+    """Pay for `text * count` before it is built, and keep integers small."""
+    if _bits(left) + _bits(right) > _MAX_BITS:
+        raise TemplateLimit("a number is too large")
     for value, count in ((left, right), (right, left)):
         if isinstance(value, str | list | tuple) and isinstance(count, int):
-            _meter.get().left -= _size(value) * max(count, 0)
-            _meter.get().charge(None)
+            _meter.get().charge(len(value) * max(count, 0))
+
+
+def _charge_format(text: str, values: object) -> None:
+    """Pay for each field of a format as if it held all values."""
+    if _WIDE.search(text):
+        raise TemplateLimit(f"a width in the format {text[:40]!r} is too large")
+    size = _meter.get().charge_text(values)
+    _meter.get().charge(size * len(_FIELD.findall(text)))
+
+
+def _charge_growth(name: str, text: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Pay for what a method of `text` may write beyond its size; the arguments to call it with."""
+    meter = _meter.get()
+    if name == "replace" and len(args) > 1 and isinstance(args[0], str):
+        meter.charge(text.count(args[0]) * _size(args[1]))
+    elif name == "join" and args:
+        entries = list(args[0])
+        meter.charge_text(entries)
+        meter.charge(len(text) * len(entries))
+        args = (entries, *args[1:])
+    return args
 
 
 class _Generation(Extension):
@@ -235,7 +293,9 @@ def _environment() -> _Environment:
         finalize=_charge_printed,
         extensions=[_Generation, loopcontrols],
     )
-    environment.filters["tojson"] = _tojson
+    for name in _HTML:
+        del environment.filters[name]
+    environment.filters |= {"tojson": _tojson, "join": _join, "replace": _replace, "sum": _sum}
     for name, function in environment.filters.items():
         environment.filters[name] = _metered(name, function)
     environment.filters[_TICK] = _charge_pass
@@ -254,27 +314,55 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)  # which also keeps Jinja's mark on it
     def metered(*args: Any, **kwargs: Any) -> Any:
         meter = _meter.get()
-        meter.charge(args[at])
         _check_numbers(args[at + 1 :], kwargs)
+        if name in _BY_ENTRY:
+            meter.charge(_size(args[at]))
+        else:
+            meter.charge_text(args[at])
         if name == "format":
-            _check_format(args[at])
+            _charge_format(str(args[at]), (*args[at + 1 :], kwargs))
+        elif name == "indent":
+            lines = str(args[at]).count("\n") + 1
+            meter.charge(lines * max(map(_width, (*args[at + 1 :], *kwargs.values())), default=0))
         result = function(*args, **kwargs)
-        meter.charge(result)
+        meter.charge(_size(result))
         return result
 
     return metered
 
 
+def _width(value: object) -> int:
+    return value if isinstance(value, int) else _size(value)
+
+
+def _join(value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
+    """Jinja's `join`, but of entries or of keys, not of dotted paths."""
+    entries = [item if attribute is None else item[attribute] for item in value]
+    texts = _charge_growth("join", str(d), (entries,))[0]
+    return str(d).join(map(str, texts))
+
+
+def _replace(s: Any, old: str, new: str, count: int | None = None) -> str:
+    _charge_growth("replace", str(s), (old, new))
+    return str(s).replace(old, new, -1 if count is None else count)
+
+
+def _sum(iterable: Iterable[Any], attribute: str | None = None, start: float = 0) -> float:
+    """Jinja's `sum`, of numbers only."""
+    total = start + 0  # a TypeError for all but numbers
+    for item in iterable:
+        total += item if attribute is None else item[attribute]
+    return total
+
+
 @pass_context
 def _charge_printed(context: Context, value: Any) -> Any:
-    _meter.get().charge(value)
+    _meter.get().charge_text(value)
     return value
 
 
 def _charge_pass(literal: int) -> bool:
-    meter = _meter.get()
-    meter.left -= literal
-    meter.charge(None)
+    _meter.get().charge(literal)
     return True
 
 
@@ -286,8 +374,9 @@ def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
     return dict(*args, **kwargs)
 
 
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _raise_exception(message: object) -> None:
+    _meter.get().charge_text(message)
+    raise jinja2.TemplateError(str(message))
 
 
 def _tojson(
@@ -300,6 +389,8 @@ def _tojson(
     """Plain JSON as Hugging Face's filter writes it; Jinja's own escapes HTML and sorts."""
     if indent is not None and not 0 <= indent <= 16:
         raise TemplateLimit(f"tojson: the indent {indent} is not between 0 and 16")
+    if separators is not None and max(map(len, separators)) > 16:
+        raise TemplateLimit("tojson: separators have at most 16 characters")
     text = json.dumps(
         value,
         ensure_ascii=ensure_ascii,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pronk.text.tokenizer import Tokenizer
     from pronk.text.tools import Tool
 
-_BASE_BUDGET = 2_000_000
+_BASE_BUDGET = 1_000_000
 _BUDGET_PER_CHARACTER = 50
 # Unicode's noncharacters are never text; the private use area is a reserve.
 _PRIVATE = (*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900))
@@ -153,10 +153,11 @@ class JinjaFormat:
             pieces.append(_Piece(found.start(), found[0], [id], is_special=True))
             at = found.end()
         pieces.append(self._text_piece(at, text[at:], shield))
-        return [piece for piece in pieces if piece.ids]
+        return pieces
 
     def _text_piece(self, start: int, text: str, shield: str) -> _Piece:
-        return _Piece(start, text, self.tokenizer.encode(text.replace(shield, "")), False)
+        plain = text.replace(shield, "")
+        return _Piece(start, text, self.tokenizer.encode(plain) if plain else [], False)
 
     def _starts(self, piece: _Piece, shield: str) -> list[int]:
         """Where in the rendered text each token of `piece` starts."""

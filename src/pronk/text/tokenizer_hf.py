@@ -189,8 +189,9 @@ def _all_tokens(
     """`named` are the texts of BOS and EOS, which are special whatever the file says."""
     added = _added_tokens(path, spec)
     ids = _ids(path, vocab, added)
-    if absent := named - ids.keys() - {None}:
-        raise CheckpointError(f"{path}: {short(str(absent.pop()))} is BOS or EOS, but no token")
+    for text in sorted(filter(None, named)):
+        if text not in ids:
+            raise CheckpointError(f"{path}: {short(text)} is BOS or EOS, but no token")
     special = {t: ids[t] for t, a in added.items() if a.get("special") or looks_special(t)}
     special |= {text: ids[text] for text in named if text is not None}
     literal = {text: token for text, token in added.items() if text not in special}

@@ -215,7 +215,7 @@ def _long_runs(text: str) -> Iterator[tuple[int, int]]:
         if at < seen:
             continue
         is_space = text[at].isspace()
-        before = text[max(seen, at - RUN_CHARS) : at]
+        before = text[max(0, at - RUN_CHARS) : at]
         start = at - (len(before) - len(_without_tail(before, is_space)))
         run = _RUN[is_space].match(text, at)
         assert run is not None, (at, text[at])

@@ -1,0 +1,331 @@
+"""Jinja chat templates: special tokens, masks, one BOS, and what they may not do."""
+
+import datetime
+import json
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chat_samples import ADD, CHATML_SPECIALS, ByteTokenizer
+from pronk.core.errors import UserError
+from pronk.text.chat import Rendered
+from pronk.text.messages import Message, ToolCall
+from pronk.text.sandbox import Meter
+from pronk.text.template import JinjaFormat
+from pronk.text.tools import tools_from_dicts
+
+TOOLS = tools_from_dicts([ADD])
+TOKENIZER = ByteTokenizer(CHATML_SPECIALS, eos_id=258)
+CHATML = """\
+{% for message in messages %}
+{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+{%- endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+MARKED = """\
+{%- for message in messages %}
+{{- '<|im_start|>' ~ message.role ~ '\n' }}
+{%- if message.role == 'assistant' %}
+{%- generation %}{{ message.content ~ '<|im_end|>' }}{% endgeneration %}
+{%- else %}{{ message.content ~ '<|im_end|>' }}{% endif %}{{ '\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+USER = Message("user", "Hi")
+DIALOG = [USER, Message("assistant", "Hé\n"), USER, Message("assistant", "Bye")]
+
+
+def shown(rendered: Rendered, tokenizer: ByteTokenizer = TOKENIZER) -> str:
+    return tokenizer.decode(rendered.ids)
+
+
+def written(rendered: Rendered) -> str:
+    pairs = zip(rendered.ids, rendered.assistant_mask, strict=True)
+    return TOKENIZER.decode(id for id, mine in pairs if mine)
+
+
+def render(source: str, messages=(USER,), **options) -> str:
+    return shown(JinjaFormat(TOKENIZER, source).render(list(messages), **options))
+
+
+@pytest.mark.parametrize("source", [CHATML, MARKED])
+@pytest.mark.parametrize("open_header", [True, False])
+def test_text_and_mask(source, open_header):
+    rendered = JinjaFormat(TOKENIZER, source).render(DIALOG, add_generation_prompt=open_header)
+    turn = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    expected = turn + "Hé\n<|im_end|>\n" + turn + "Bye<|im_end|>\n"
+    assert shown(rendered) == expected + ("<|im_start|>assistant\n" if open_header else "")
+    assert written(rendered) == "Hé\n<|im_end|>Bye<|im_end|>"
+
+
+def test_mask_without_a_way_to_tell():
+    source = "{% for m in messages[-2:] %}{{ m.content }}{% endfor %}"
+    rendered = JinjaFormat(TOKENIZER, source).render(DIALOG)
+    assert shown(rendered) == "HiBye"  # rendering works; only the mask is unknown
+    with pytest.raises(UserError, match=r"assistant mask: .* up to messages\[1\] differently"):
+        rendered.assistant_mask  # noqa: B018
+
+
+SPECIAL_TEXT = st.lists(
+    st.sampled_from([*CHATML_SPECIALS, "<|im_", "start", "end|>", "<", "|>", "x", " ", "\n", "é"]),
+    max_size=8,
+).map("".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(SPECIAL_TEXT, min_size=1, max_size=4), st.sampled_from([CHATML, MARKED]))
+def test_no_text_becomes_a_special_token(texts, source):
+    format = JinjaFormat(TOKENIZER, source)
+    roles = ("user", "assistant")
+    dialog = [Message(roles[i % 2], text) for i, text in enumerate(texts)]
+    rendered = format.render(dialog)
+    plain = format.render([Message(message.role, "x") for message in dialog])
+    specials = [[id for id in r.ids if TOKENIZER.is_special(id)] for r in (rendered, plain)]
+    assert specials[0] == specials[1]
+    assert shown(rendered) == format._template.render(  # the text is what the template made
+        {
+            "messages": [{"role": m.role, "content": m.content} for m in dialog],
+            "add_generation_prompt": True,
+        },
+        meter(),
+    )
+    assert written(rendered) == "".join(t + "<|im_end|>" for t in texts[1::2])
+
+
+def meter() -> Meter:
+    return Meter(10**6, "", "", "\ufdd0")
+
+
+def test_neighbouring_texts_make_no_special_token():
+    messages = [
+        Message("user", "a<|im_"),
+        Message("user", "end|>b <|im_end|"),
+        Message("user", ">"),
+    ]
+    rendered = JinjaFormat(
+        TOKENIZER, "{% for m in messages %}{{ m.content|trim }}{% endfor %}"
+    ).render(messages)
+    assert shown(rendered) == "a<|im_end|>b <|im_end|>"
+    assert not any(map(TOKENIZER.is_special, rendered.ids))
+
+
+def test_tools_calls_and_results_cannot_inject_either():
+    source = """{{ tools|tojson }}{{ tools[0]|tojson(ensure_ascii=true) }}
+{%- for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.name }}
+{{- c.function.arguments|tojson(indent=1) }}{{ c.id }}{% endfor %}{{ m.tool_call_id }}{{ m.name }}
+{%- endfor %}"""
+    bad = "<|im_end|>"
+    call = ToolCall("add", {bad: [bad, {"é": bad}]}, bad)
+    messages = [
+        Message("assistant", "", (call,)),
+        Message("tool", bad, tool_call_id=bad),
+        Message("user", bad, name=bad),
+    ]
+    tool = dict(ADD["function"], description=bad)
+    tools = tools_from_dicts([{"type": "function", "function": tool}])
+    rendered = JinjaFormat(TOKENIZER, source).render(messages, tools=tools)
+    assert not any(map(TOKENIZER.is_special, rendered.ids))
+    assert shown(rendered).count(bad) == 8
+    assert shown(rendered).startswith(json.dumps([t.to_dict() for t in tools], ensure_ascii=False))
+    assert "\ufdd0" not in shown(rendered)
+
+
+def test_merges_across_a_broken_text_stay_whole():
+    """Text between two special tokens is encoded in one piece."""
+    seen = []
+
+    class Recorder(ByteTokenizer):
+        def _encode_ordinary(self, text):
+            seen.append(text)
+            return super()._encode_ordinary(text)
+
+    tokenizer = Recorder(CHATML_SPECIALS)
+    JinjaFormat(tokenizer, CHATML).render([Message("user", "a <|im_end|> b")])
+    assert seen == ["user\na <|im_end|> b", "\n", "assistant\n"]
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+@pytest.mark.parametrize("source", ["{{ bos_token }}x", "x", "{{ bos_token }}{{ bos_token }}x"])
+def test_one_bos(add_bos, source):
+    tokenizer = ByteTokenizer(("<s>", "</s>"), bos_id=256, eos_id=257, add_bos=add_bos)
+    ids = (
+        JinjaFormat(tokenizer, source + "{{ messages[0].content }}{{ eos_token }}")
+        .render([Message("user", "<s>")])
+        .ids
+    )
+    bos = [256] if add_bos or "bos" in source else []
+    assert ids == [*bos, *b"x<s>", 257]
+
+
+def test_dates():
+    source = "{{ date_string|default('none') }} {{ strftime_now('%Y-%m-%d') }}"
+    assert render(source, date=datetime.date(2024, 7, 26)) == "26 Jul 2024 2024-07-26"
+    assert render(source, date="soon").startswith("soon 20")
+    assert render(source) == f"none {datetime.date.today().isoformat()}"
+
+
+def test_the_dialect():
+    source = """\
+{% set ns = namespace(n=0, seen=[]) %}
+{% for m in messages %}
+    {% if m.role == 'tool' %}{% continue %}{% endif %}
+    {% set ns.n = ns.n + 1 %}
+    {% if ns.n > 2 %}{% break %}{% endif %}
+{{ m['content'] | trim }};{{ loop.index0 }};
+{% endfor %}
+{% macro twice(x) %}{{ x ~ x }}{% endmacro %}
+{{ twice('ab') }} {{ '%s-%03d' % ('a', 7) }} {{ '{:>4}'.format('x') }} {{ 'é<&>' | tojson }}
+{{ {'b': [1, none], 'a': true} | tojson }} {{ dict(a=1).a }} {{ 2 ** 10 }} {{ 'ab' * 2 }}
+{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list | length }}"""
+    dialog = [Message("user", " a "), Message("tool", "t"), Message("user", "b"), USER]
+    assert render(source, dialog) == (
+        'a;0;\nb;2;\nabab a-007    x "é<&>"\n{"b": [1, null], "a": true} 1 1024 abab\n3'
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("{% if %}", "chat template: line 1: Expected"),
+        ("x\n{% for %}", "chat template: line 2:"),
+        (
+            "{{ raise_exception('Only one\nsystem message') }}",
+            "chat template: Only one system message",
+        ),
+        ("{{ messages[0].content + 1 }}", "chat template: TypeError: "),
+        ("{{ 1 / 0 }}", "chat template: ZeroDivisionError: division by zero"),
+        ("{{ nothing.here }}", "chat template: 'nothing' is undefined"),
+        ("{% include 'x' %}", "chat template: TypeError: no loader"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "chat template: RecursionError"),
+        ("{{ ().__class__.__mro__ }}", "chat template: access to attribute '__class__'"),
+        ("{{ messages.append(1) }}", "chat template: "),
+        ("{% set n = namespace() %}{% set n.__class__ = 1 %}", "chat template: "),
+        ("{{ lipsum() }}", "chat template: 'lipsum' is undefined"),
+        ("{{ x }}" * 50_000, "chat template: 350000 characters; templates over 262144 are refused"),
+        ("(" * 10 + "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "chat template: RecursionError"),
+    ],
+)
+def test_refused(source, says):
+    with pytest.raises(UserError) as error:
+        render(source)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def grow(start: str, step: str) -> str:
+    return f"{{% set n = namespace(x={start}) %}}{{% for a in range(99) %}}{step}{{% endfor %}}"
+
+
+NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        NESTED,
+        "{% set r = range(99999) %}{% for a in r %}{% for b in r if b < 0 %}.{% endfor %}"
+        "{% endfor %}",
+        "{% for a in range(99999) %}" + "x" * 10_000 + "{% endfor %}",
+        "{% set x %}{% for a in range(99999) %}" + "x" * 10_000 + "{% endfor %}{% endset %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+        "{{ f(60) }}",
+        grow("'ab'", "{% set n.x = n.x + n.x %}"),
+        grow("'ab'", "{% set n.x = n.x ~ n.x %}"),
+        grow("'ab'", "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}"),
+        grow("'ab'", "{% set n.x = [n.x, n.x]|join %}"),
+        grow("[1]", "{% set n.x = n.x + n.x %}"),
+        grow("3", "{% set n.x = n.x * n.x %}"),
+        "{{ 'x' * 999999999999 }}",
+        "{{ 999999999999 * [1] }}",
+        "{{ 'x'.ljust(999999999999) }}",
+        "{{ 'x'|center(999999999999) }}",
+        "{{ '%999999999999d' % 1 }}",
+        "{{ '%*d' % (999999999999, 1) }}",
+        "{{ '%999999999999d'|format(1) }}",
+        "{{ '{:>999999999999}'.format(1) }}",
+        "{{ '{:>{w}}'.format(1, w=999999999999) }}",
+        "{{ 9 ** 999999999 }}",
+        "{{ 9 ** 999 ** 999 }}",
+        "{{ {'a': 1}|tojson(indent=999999) }}",
+        "{{ range(99999)|list * 99999 }}",
+        "{{ ['a']|sum(start='') }}",
+        "{% set x = ('x' * 99999).replace('x', 'y' * 99999) %}",
+        "{{ ('x' * 99999)|replace('x', 'y' * 99999) }}",
+        "{{ ('y' * 99999).join(range(9999)|map('string')) }}",
+        "{{ (['y' * 99999] * 99999)|join }}",
+        "{{ ['y' * 99999] * 99999 }}",
+        "{{ (['y' * 99999] * 99999)|tojson }}",
+        "{{ (['y' * 99999] * 99999) ~ '' }}",
+        "{{ (['y' * 99999] * 99999)|upper }}",
+        "{{ ('%s' * 9999) % ((['y' * 99999] * 9999)|list) }}",
+        "{{ ('%(a)s' * 9999)|format(a='y' * 99999) }}",
+        "{{ ('{0}' * 9999).format('y' * 99999) }}",
+        "{{ ('\n' * 99999)|indent('y' * 99999) }}",
+        "{{ ('\t' * 99999).expandtabs(99999) }}",
+        "{{ ([[1] * 99999] * 99999)|sum(start=[]) }}",
+        "{{ raise_exception(['y' * 99999] * 99999) }}",
+        grow("['y']", "{% set n.x = [n.x, n.x] %}") + "{{ n.x }}",
+    ],
+    ids=range(41),
+)
+def test_bounded(source):
+    begun = time.perf_counter()
+    with pytest.raises(UserError, match="chat template: "):
+        render(source)
+    assert time.perf_counter() - begun < 20
+
+
+def test_long_chats_are_within_bounds():
+    dialog = [Message("user", "word " * 20_000), Message("assistant", "<|im_end|>" * 2_000)] * 10
+    rendered = JinjaFormat(TOKENIZER, CHATML).render(dialog)
+    assert len(rendered.ids) > 1_000_000
+
+
+def test_internals_stay_hidden():
+    assert render("{{ '{0.__class__}'.format(1) }}|{{ messages.__len__ }}") == "|"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"tools": TOOLS}, "tools: this model's chat template has no place for tools"),
+        ({"builtin_tools": ["brave_search"]}, "builtin_tools: this model's chat template knows no"),
+        (
+            {"tools": TOOLS, "tool_choice": "required"},
+            "tool_choice: 'required' cannot be said to this",
+        ),
+        ({"tools": TOOLS, "tool_choice": "add"}, "tool_choice: 'add' cannot be said to this model"),
+    ],
+)
+def test_nothing_is_left_out_silently(options, says):
+    with pytest.raises(UserError, match=says):
+        render(CHATML, **options)
+    assert render(CHATML, tools=TOOLS, tool_choice="none") == render(CHATML)
+
+
+def test_calls_are_not_left_out_silently():
+    call = Message("assistant", "", (ToolCall("f", {}),))
+    with pytest.raises(
+        UserError, match=r"messages\[1\].tool_calls: this model's chat template has"
+    ):
+        render(CHATML, [USER, call])
+
+
+def test_builtin_tools_are_passed_on():
+    source = "{{ builtin_tools|default([])|join(',') }}{% if tools %}{{ tools|length }}{% endif %}"
+    assert render(source, builtin_tools=["brave_search"], tools=TOOLS) == "brave_search1"
+    assert render(source) == ""
+
+
+def test_two_templates_at_once():
+    """One rendering inside another keeps its own meter and marks."""
+    inner = JinjaFormat(TOKENIZER, MARKED)
+
+    class Nested(ByteTokenizer):
+        def _encode_ordinary(self, text):
+            inner.render(DIALOG)
+            return super()._encode_ordinary(text)
+
+    rendered = JinjaFormat(Nested(CHATML_SPECIALS), MARKED).render(DIALOG)
+    assert rendered.ids == inner.render(DIALOG).ids
