@@ -1,4 +1,4 @@
-"""The layers: a module imports only from its own folder or from lower layers (docs/architecture.md)."""
+"""A module imports only from its own folder or from lower layers (docs/architecture.md)."""
 
 import ast
 import subprocess
@@ -37,9 +37,9 @@ def test_imports_look_down(path: Path) -> None:
     folder = relative.split("/")[0] if "/" in relative else None
     for name in imports_of(path):
         parts = name.split(".")
-        if parts[0] == "pronk" and len(parts) > 1 and parts[1] in LAYERS:
-            if folder is not None and parts[1] != folder:
-                assert LAYERS[parts[1]] < LAYERS[folder], f"{relative} imports {name}"
+        layered = parts[0] == "pronk" and len(parts) > 1 and parts[1] in LAYERS
+        if layered and folder is not None and parts[1] != folder:
+            assert LAYERS[parts[1]] < LAYERS[folder], f"{relative} imports {name}"
         if parts[0] == "torch":
             assert relative.startswith(TORCH_ALLOWED), f"{relative} imports torch"
         if parts[0] in WEB:
@@ -62,6 +62,8 @@ def test_every_folder_has_a_layer() -> None:
 
 def test_import_pronk_loads_no_heavy_library() -> None:
     code = "import sys, pronk; print(sorted({m.split('.')[0] for m in sys.modules}))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     for name in ("numpy", "torch", "tokenizers", "typer", "rich", "jinja2", "huggingface_hub"):
         assert f"'{name}'" not in loaded.stdout

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from backends.random_weights import DENSE, random_tensor
 
+from backends.random_weights import DENSE, random_tensor
 from pronk.backends import reference
 from pronk.backends.formats import KINDS, dequantize
 from pronk.backends.protocol import BLOCK, F32, KV_DTYPES, Batch, KvDtype
@@ -71,7 +71,9 @@ def test_dense_linear_takes_any_number_of_inputs(inputs: int) -> None:
 def test_stacked_tensors_of_different_kinds() -> None:
     """q and k in Q4_K beside v in Q6_K, as llama.cpp's mixed files have them."""
     rng = np.random.default_rng(3)
-    tensors = [random_tensor(kind, n, 512, rng) for kind, n in (("Q4_K", 24), ("Q6_K", 40), ("F16", 9))]
+    tensors = [
+        random_tensor(kind, n, 512, rng) for kind, n in (("Q4_K", 24), ("Q6_K", 40), ("F16", 9))
+    ]
     x_TD = rng.standard_normal((9, 512)).astype(np.float32)
     want = np.concatenate([cpu.linear(x_TD, cpu.make_weight([t])) for t in tensors], axis=1)
     np.testing.assert_array_equal(cpu.linear(x_TD, cpu.make_weight(tensors)), want)
@@ -104,7 +106,9 @@ def test_rms_norm(dim: int) -> None:
     rng = np.random.default_rng(6)
     x, residual = rng.standard_normal((2, 9, dim)).astype(np.float32)
     w = rng.standard_normal(dim).astype(np.float32)
-    np.testing.assert_allclose(cpu.rms_norm(x, w, 1e-5), reference.rms_norm(x, w, 1e-5), rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        cpu.rms_norm(x, w, 1e-5), reference.rms_norm(x, w, 1e-5), rtol=2e-6, atol=1e-6
+    )
     got, got_sum = cpu.rms_norm(x, w, 1e-5, residual)
     want, want_sum = reference.rms_norm(x, w, 1e-5, residual)
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-6)
@@ -127,7 +131,10 @@ def test_swiglu_far_outside_the_range_of_exp() -> None:
 def test_rope() -> None:
     rng = np.random.default_rng(8)
     cos_sin = rng.standard_normal((40, 10, 2)).astype(np.float32)
-    q, k = rng.standard_normal((7, 6, 20)).astype(np.float32), rng.standard_normal((7, 2, 20)).astype(np.float32)
+    q, k = (
+        rng.standard_normal((7, 6, 20)).astype(np.float32),
+        rng.standard_normal((7, 2, 20)).astype(np.float32),
+    )
     positions = np.array([0, 39, 5, 6, 7, 8, 1], np.int32)
     want = reference.rope(q, k, cos_sin, positions)
     got = cpu.rope(q.copy(), k.copy(), cos_sin, positions)
@@ -193,7 +200,9 @@ SHAPES = [(4, 4, 64), (6, 2, 128), (9, 3, 64), (8, 1, 128), (2, 1, 20), (3, 3, 8
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", KV_DTYPES)
-def test_attention_equals_reference(shape: tuple[int, int, int], dtype: KvDtype, threads: int) -> None:
+def test_attention_equals_reference(
+    shape: tuple[int, int, int], dtype: KvDtype, threads: int
+) -> None:
     """Both round keys and values alike; int8 codes may differ where a product falls on a tie."""
     context = Context(config_of(*shape), [1, 33, 70, 32], dtype, seed=9)
     tolerance = 2e-2 if dtype == "int8" else 2e-5
@@ -222,9 +231,7 @@ def test_attention_of_a_row_depends_on_nothing_but_its_context(dtype: KvDtype) -
     for chunk in (1, 7, 64, 512):
         cpu.set_threads(2 if chunk % 2 else 3)
         context = Context(config, [700], dtype, seed=11)
-        got = [
-            context.step("cpu", [(i, min(i + chunk, 700))])[0] for i in range(0, 700, chunk)
-        ]
+        got = [context.step("cpu", [(i, min(i + chunk, 700))])[0] for i in range(0, 700, chunk)]
         np.testing.assert_array_equal(np.concatenate(got), want)
     cpu.set_threads(1)
 
@@ -262,7 +269,10 @@ def test_misshapen_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="wrong width"):
         cpu.linear(np.zeros((2, 32), np.float32), weight)
     with pytest.raises(ValueError, match="outside the table"):
-        cpu.embed(np.array([50], np.int32), cpu.make_table(random_tensor("F32", 50, 8, np.random.default_rng(0))))
+        cpu.embed(
+            np.array([50], np.int32),
+            cpu.make_table(random_tensor("F32", 50, 8, np.random.default_rng(0))),
+        )
     with pytest.raises(ValueError, match="row bytes"):
         _cpu.PackedWeight(64, False).append(2, np.zeros((4, 35), np.uint8))
     with pytest.raises(ValueError, match="unknown tensor kind"):

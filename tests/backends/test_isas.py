@@ -23,7 +23,7 @@ def test_kernels_on(isa: str) -> None:
         pytest.skip(f"this processor has no {isa}")
     assert found.stdout.strip() == isa, found.stderr
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS / "test_cpu_kernels.py")],
+        [sys.executable, "-m", "pytest", "-qxp", "no:cacheprovider", TESTS / "test_cpu_kernels.py"],
         env=env, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

@@ -95,7 +95,9 @@ def test_logits_equal_transformers(shape: tuple[Any, ...], backend: str, tmp_pat
         want = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0].numpy()
     assert np.abs(want).max() > 0.5
     for chunk in (75, 13):
-        np.testing.assert_allclose(our_logits(tmp_path, backend, ids, chunk), want, atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(
+            our_logits(tmp_path, backend, ids, chunk), want, atol=TOLERANCE, rtol=0
+        )
 
 
 @pytest.mark.parametrize("factor", [None, 8.0, 32.0])
@@ -151,8 +153,8 @@ def test_rounded_caches_stay_close(kv_dtype: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def meta() -> Iterator[Any]:
-    """`llama_models.llama3.model`, its tensor-parallel layers replaced by plain ones: in one process
-    they compute the same, and the library that has them is not needed."""
+    """`llama_models.llama3.model`, its tensor-parallel layers replaced by plain ones: in one
+    process they compute the same, and the library that has them is not needed."""
     pytest.importorskip("llama_models")
 
     def linear(n_in: int, n_out: int, **_: Any) -> Any:

@@ -1,6 +1,7 @@
 """`LLM` on tiny random models: what INTERFACE promises, and what bad input is told."""
 
 import itertools
+import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -125,7 +126,7 @@ def test_a_stream_that_is_closed_early_leaves_nothing_behind(llm: LLM) -> None:
     next(stream)
     engine = llm._open_engine()
     assert engine.has_work
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert not engine.has_work
     assert engine.scheduler.pool.n_referenced == 0
 
@@ -470,6 +471,11 @@ def test_the_package_offers_llm_lazily() -> None:
     assert set(dir(pronk)) == {"LLM", "__version__"}
     with pytest.raises(AttributeError, match="no attribute 'GPT'"):
         _ = pronk.GPT
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert pronk.__version__ == project["project"]["version"]
 
 
 # Recommended sampling

@@ -97,9 +97,7 @@ def rope(q_THK: F32, k_TGK: F32, cos_sin: F32, positions_T: I32) -> tuple[F32, F
     return q_THK, k_TGK
 
 
-def attention(
-    q_THK: F32, k_TGK: F32, v_TGK: F32, kv: _cpu.KvMemory | None, batch: Batch
-) -> F32:
+def attention(q_THK: F32, k_TGK: F32, v_TGK: F32, kv: _cpu.KvMemory | None, batch: Batch) -> F32:
     if kv is None:
         kv, batch = _own_rows_only(k_TGK, batch)
     o_THK = np.empty(q_THK.shape, np.float32)

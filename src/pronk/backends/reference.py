@@ -12,8 +12,18 @@ import numpy as np
 import numpy.typing as npt
 
 from pronk.backends.formats import dequantize
-from pronk.backends.protocol import BLOCK, F32, I32, Batch, KvDtype, RawTensor, Sampled, SampleParams
+from pronk.backends.protocol import (
+    BLOCK,
+    F32,
+    I32,
+    Batch,
+    KvDtype,
+    RawTensor,
+    Sampled,
+    SampleParams,
+)
 from pronk.core.config import ModelConfig
+from pronk.core.errors import PronkError
 
 name = "reference"
 
@@ -118,9 +128,7 @@ def _load(cache: npt.NDArray[Any], scales: F32 | None, slots_N: I32) -> F32:
     return x_NGK if scales is None else x_NGK * scales[slots_N][..., None]
 
 
-def attention(
-    q_THK: F32, k_TGK: F32, v_TGK: F32, kv: KvCache | None, batch: Batch
-) -> F32:
+def attention(q_THK: F32, k_TGK: F32, v_TGK: F32, kv: KvCache | None, batch: Batch) -> F32:
     o_THK = np.empty(q_THK.shape, dtype=np.float32)
     for s in range(len(batch.lengths_S)):
         rows = slice(int(batch.starts_S[s]), int(batch.starts_S[s + 1]))
@@ -147,18 +155,23 @@ def _attend(q_HK: F32, keys_NGK: F32, values_NGK: F32) -> F32:
     q_GMK = q_HK.reshape(G, H // G, K) * np.float32(K**-0.5)
     scores_GMN = np.matmul(q_GMK, np.ascontiguousarray(keys_NGK.transpose(1, 2, 0)))
     scores_GMN = np.exp(scores_GMN - scores_GMN.max(axis=-1, keepdims=True))
-    o_GMK = np.matmul(scores_GMN, np.ascontiguousarray(values_NGK.transpose(1, 0, 2)))
-    return (o_GMK / scores_GMN.sum(axis=-1, keepdims=True)).reshape(H, K)
+    o_GMK: F32 = np.matmul(scores_GMN, np.ascontiguousarray(values_NGK.transpose(1, 0, 2)))
+    o_GMK = o_GMK / scores_GMN.sum(axis=-1, keepdims=True)
+    return o_GMK.reshape(H, K)
 
 
 def swiglu(gate_up_T2F: F32) -> F32:
     gate_TF, up_TF = np.split(gate_up_T2F, 2, axis=-1)
-    with np.errstate(over="ignore"):  # exp(-gate) of a very negative gate is inf, and 1/inf is right
-        return gate_TF / (1 + np.exp(-gate_TF)) * up_TF
+    with np.errstate(
+        over="ignore"
+    ):  # exp(-gate) of a very negative gate is inf, and 1/inf is right
+        h_TF: F32 = gate_TF / (1 + np.exp(-gate_TF)) * up_TF
+    return h_TF
 
 
 def take_rows(x_TD: F32, rows_R: I32) -> F32:
-    return x_TD[rows_R]
+    rows_RD: F32 = x_TD[rows_R]
+    return rows_RD
 
 
 def to_host(x: F32) -> F32:
@@ -178,10 +191,14 @@ def sample(
     logits_RV: F32, params: Sequence[SampleParams], mask_RV: npt.NDArray[np.bool_] | None = None
 ) -> list[Sampled]:
     rows = range(len(params))
-    return [_sample_row(logits_RV[r], params[r], None if mask_RV is None else mask_RV[r]) for r in rows]
+    return [
+        _sample_row(logits_RV[r], params[r], None if mask_RV is None else mask_RV[r]) for r in rows
+    ]
 
 
 def _sample_row(logits_V: F32, p: SampleParams, mask_V: npt.NDArray[np.bool_] | None) -> Sampled:
+    if not np.isfinite(logits_V.max()):
+        raise PronkError("the model computed logits that are not finite: its weights are damaged")
     scores_V = logits_V
     if p.output_ids or p.prompt_ids or p.logit_bias:
         scores_V = _penalize(logits_V, p)
@@ -201,10 +218,11 @@ def log_softmax(logits: F32) -> F32:
     """Over the last axis, float32, the sum in float64."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     total = np.exp(shifted, dtype=np.float64).sum(axis=-1, keepdims=True)
-    return (shifted - np.log(total)).astype(np.float32)
+    logprobs: F32 = (shifted - np.log(total)).astype(np.float32)
+    return logprobs
 
 
-def _largest(x_V: F32, n: int) -> npt.NDArray[np.int64]:
+def _largest(x_V: npt.NDArray[np.floating[Any]], n: int) -> npt.NDArray[np.int64]:
     """Ids of the n largest values, largest first, the smaller id first among equals."""
     if n == 0:
         return np.empty(0, np.int64)
@@ -234,18 +252,41 @@ def _draw(scores_V: F32, p: SampleParams) -> int:
     """One token by inverse transform over the candidates in falling order of probability.
 
     Temperature first, then top-k, top-p and min-p, each on what the one before left (the order of
-    Hugging Face's warpers). The float64 sums run over a sorted copy, so they are reproducible.
+    Hugging Face's warpers). Only as many tokens are sorted as the draw can reach.
     """
-    order = _largest(scores_V, p.top_k) if p.top_k else np.argsort(-scores_V, kind="stable")
-    scaled = scores_V[order].astype(np.float64) / p.temperature
-    probs = np.exp(scaled - scaled[0])
-    probs /= probs.sum()
-    keep = len(probs)
-    if p.top_p < 1.0:  # a token stays while the mass before it is within top_p (Meta's rule)
-        keep = int(np.count_nonzero(np.cumsum(probs) - probs <= p.top_p))
+    uniform = np.random.Generator(np.random.Philox(key=p.seed, counter=p.draw)).random()
+    scaled_V = scores_V.astype(np.float64) / p.temperature
+    if p.top_k:
+        scaled_V = _keep_largest(scaled_V, p.top_k)
+    weights_V = np.exp(scaled_V - scaled_V.max())
+    total = weights_V.sum()
+    n = 256
+    while True:
+        order = _largest(scaled_V, n)
+        probs = weights_V[order] / total
+        before = np.cumsum(probs) - probs
+        if p.top_p < 1.0:
+            complete = before[-1] > p.top_p
+        elif p.min_p > 0.0:
+            complete = probs[-1] < p.min_p * probs[0]
+        else:
+            complete = before[-1] + probs[-1] > uniform
+        if complete or n >= len(scaled_V):
+            break
+        n *= 8
+    # a token stays while the mass before it is within top_p (Meta's rule)
+    keep = int(np.count_nonzero(before <= p.top_p)) if p.top_p < 1.0 else len(probs)
     if p.min_p > 0.0:
         keep = min(keep, int(np.count_nonzero(probs >= p.min_p * probs[0])))
-    cumulative = np.cumsum(probs[: max(keep, 1)])
-    uniform = np.random.Generator(np.random.Philox(key=p.seed, counter=p.draw)).random()
-    index = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-    return int(order[min(index, len(cumulative) - 1)])
+    mass = probs[: max(keep, 1)]
+    share = mass.sum() if p.top_p < 1.0 or p.min_p > 0.0 else 1.0
+    index = int(np.searchsorted(np.cumsum(mass), uniform * share, side="right"))
+    return int(order[min(index, len(mass) - 1)])
+
+
+def _keep_largest(scores_V: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.float64]:
+    """All but the k largest scores become -inf."""
+    kept_V = np.full_like(scores_V, -np.inf)
+    best = _largest(scores_V, k)
+    kept_V[best] = scores_V[best]
+    return kept_V

@@ -258,6 +258,10 @@ def note(words: str) -> None:
     click.secho(words, err=True, dim=True)
 
 
+def counted(number: int, unit: str) -> str:
+    return f"{number} {unit}" if number == 1 else f"{number} {unit}s"
+
+
 def columns(rows: Sequence[Sequence[str]]) -> str:
     """Rows as a table: columns two spaces apart; numbers of a column to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

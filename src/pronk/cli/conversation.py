@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pronk.cli.common import human_count, note
+from pronk.cli.common import counted, human_count, note
 from pronk.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def say(pieces: "Iterator[Piece]", stopped: Callable[[], bool] = lambda: False) 
     for call in reply.tool_calls if reply else ():
         click.echo(json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False))
     if reply and reply.finish_reason == "length":
-        note(f"(cut after {reply.usage.completion_tokens} tokens)")
+        note(f"(cut after {counted(reply.usage.completion_tokens, 'token')})")
     return Said(text, reply)
 
 
@@ -154,7 +154,7 @@ def turn(conversation: Conversation, line: str) -> None:
         conversation.turns.append(said.reply.message)
         timings = said.reply.timings
         note(
-            f"[{said.reply.usage.completion_tokens} tokens, {timings.decode_speed:.1f} tokens/s,"
+            f"[{counted(said.reply.usage.completion_tokens, 'token')}, {timings.decode_speed:.1f} tokens/s,"
             f" first after {timings.prompt_seconds:.2f} s]"
         )
         if said.reply.tool_calls:

@@ -10,6 +10,7 @@ from pronk.cli.common import (
     SamplingOptions,
     columns,
     context_option,
+    counted,
     emit,
     json_option,
     load_model,
@@ -61,7 +62,7 @@ def generate(
     if completion.logprobs:
         click.echo("\n" + logprob_table(llm, completion))
     if completion.finish_reason == "length":
-        note(f"(cut after {len(completion.token_ids)} tokens)")
+        note(f"(cut after {counted(len(completion.token_ids), 'token')})")
 
 
 def completion_json(model: str, llm: "LLM", completion: "Completion") -> dict[str, Any]:

@@ -59,10 +59,13 @@ class ModelConfig:
                      "vocab_size", "context"):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise CheckpointError(f"model config: {name} must be a positive integer, got {value!r}")
+                raise CheckpointError(
+                    f"model config: {name} must be a positive integer, got {value!r}"
+                )
         if self.n_heads % self.n_kv_heads:
             raise CheckpointError(
-                f"model config: n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}"
+                f"model config: n_heads {self.n_heads} is no multiple of"
+                f" n_kv_heads {self.n_kv_heads}"
             )
         if self.head_dim % 2:
             raise CheckpointError(f"model config: head_dim {self.head_dim} is odd")
@@ -72,7 +75,9 @@ class ModelConfig:
                 raise CheckpointError(f"model config: {name} must be positive, got {value!r}")
         if self.rope_divisors is not None:
             if self.rope_scaling is not None:
-                raise CheckpointError("model config: rope_scaling and rope_divisors exclude each other")
+                raise CheckpointError(
+                    "model config: rope_scaling and rope_divisors exclude each other"
+                )
             if len(self.rope_divisors) != self.head_dim // 2:
                 raise CheckpointError(
                     f"model config: {len(self.rope_divisors)} rope divisors,"

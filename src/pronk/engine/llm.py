@@ -3,7 +3,7 @@
 Several threads may use one `LLM`; their requests run together in batches.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from datetime import date as Date
 from pathlib import Path
 from types import TracebackType
@@ -173,7 +173,7 @@ class LLM:
         tool_choice: str = "auto",
         date: Date | str | None = None,
         **options: Unpack[SamplingOptions],
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """As `chat`, in pieces: their texts joined are the reply's text, and the last one carries
         the reply. Bad input is refused at the call; closing the iterator ends the generation."""
         params = SamplingParams.of(options, {**CHAT_DEFAULTS, **self._recommended})
@@ -195,7 +195,7 @@ class LLM:
         self._open_engine().check(request)
         return self._pieces(request, text)
 
-    def _pieces(self, request: Request, text: ReplyText) -> Iterator[Piece]:
+    def _pieces(self, request: Request, text: ReplyText) -> Generator[Piece, None, None]:
         engine = self._open_engine()
         n_seen = 0
         engine.add(request)

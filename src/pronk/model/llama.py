@@ -71,7 +71,9 @@ def forward_hidden(
         x_TD, residual_TD = ops.rms_norm(attn_TD, layer.ffn_norm, eps, residual_TD)
         mlp_TD = ops.linear(ops.swiglu(ops.linear(x_TD, layer.w_gate_up)), layer.w_down)
         if i + 1 < len(weights.layers):
-            x_TD, residual_TD = ops.rms_norm(mlp_TD, weights.layers[i + 1].attn_norm, eps, residual_TD)
+            x_TD, residual_TD = ops.rms_norm(
+                mlp_TD, weights.layers[i + 1].attn_norm, eps, residual_TD
+            )
     if rows_R is not None:  # only the wanted rows go on: the output layer is the widest of all
         mlp_TD, residual_TD = ops.take_rows(mlp_TD, rows_R), ops.take_rows(residual_TD, rows_R)
     x_RD, _ = ops.rms_norm(mlp_TD, weights.norm, eps, residual_TD)

@@ -28,6 +28,7 @@ _BYTE_OF = {char: byte for byte, char in _CHAR_OF.items()}
 BYTE_ALPHABET = frozenset(map(chr, _BYTE_OF))
 
 _CHUNK_CHARS = 20_000
+"""At least this many go to `tokenizers` at once; above it, memory grows and speed does not."""
 _CUT = re.compile(r"\S( )")
 
 

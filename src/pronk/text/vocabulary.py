@@ -24,6 +24,7 @@ ChatML. A vocabulary's own eos, eot and eom come on top."""
 
 SLICE_CHARS = 400_000
 RUN_CHARS = 25_000
+"""Meta's limits, in characters; see `meta_slices`."""
 _RUN = {True: re.compile(r"\s+"), False: re.compile(r"\S+")}
 
 
