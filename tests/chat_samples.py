@@ -131,6 +131,11 @@ OUTPUTS: list[tuple[str, str, list[Call]]] = [
     ),
     ("{'name': 'get_weather', 'parameters': {'city': 'San Francisco', }}", "", [SF]),
     ('{"name": "get_weather", "parameters": {"city": "San Francisco"}', "", [SF]),  # no last brace
+    (
+        '{"parameters": {"a": 1}, "parameters": {"a": 2}, "name": "add", "name": "get_time"}',
+        "",
+        [("add", {"a": 2})],
+    ),
     ('{"name": "get_time"}', "", [("get_time", {})]),
     ('{"name": "get_time", "parameters": null}', "", [("get_time", {})]),
     ('{"name": "get_time", "parameters": {}}', "", [("get_time", {})]),

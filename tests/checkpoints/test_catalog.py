@@ -41,7 +41,11 @@ def test_llama_entries_state_what_the_reference_says() -> None:
     entry = find_entry("meta-llama/Meta-Llama-3.1-8B-Instruct-Turbo")
     assert entry is not None
     assert entry.source == HubSource("meta-llama/Llama-3.1-8B-Instruct", gated=True)
-    assert (entry.parameters, entry.nbytes, entry.context) == (8_030_261_248, 16_060_522_496, 131072)
+    assert (entry.parameters, entry.nbytes, entry.context) == (
+        8_030_261_248,
+        16_060_522_496,
+        131072,
+    )
     assert {e.licence.id for e in CATALOG.values()} == {
         "apache-2.0",
         "llama3.1",
@@ -120,7 +124,11 @@ def test_a_path_that_exists_is_a_path(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_hub_ids() -> None:
     ref = resolve_model("someone/Some-Model.v1")
-    assert (ref.repo, ref.select, ref.name) == ("someone/Some-Model.v1", "", "someone/Some-Model.v1")
+    assert (ref.repo, ref.select, ref.name) == (
+        "someone/Some-Model.v1",
+        "",
+        "someone/Some-Model.v1",
+    )
     assert ref.licence is None
     ref = resolve_model("someone/Llama-3.1-8B-GGUF:Q4_K_M")
     assert (ref.repo, ref.select) == ("someone/Llama-3.1-8B-GGUF", "Q4_K_M")
@@ -147,7 +155,7 @@ def test_hub_ids() -> None:
     ],
 )
 def test_what_is_no_model_says_what_would_work(text: str, said: str) -> None:
-    with pytest.raises(UserError, match="^MODEL: ") as caught:
+    with pytest.raises(UserError, match=r"^MODEL: ") as caught:
         resolve_model(text)
     assert said in str(caught.value)
 
@@ -157,9 +165,11 @@ def test_any_text_is_a_model_or_one_clear_line(text: str) -> None:
     try:
         ref = resolve_model(text)
     except UserError as error:
-        assert "\n" not in str(error)
+        message = str(error)
     else:
         assert ref.entry or ref.repo or (ref.path and ref.path.exists())
+        return
+    assert message.splitlines() == [message]
 
 
 def test_words_that_can_only_mean_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

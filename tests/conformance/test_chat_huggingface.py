@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from chat_samples import ADD, CHATML_SPECIALS, WEATHER, ByteTokenizer
-from pronk.text.chat import Llama31Format
+from pronk.text.chat import Llama31Format, chat_format_for
 from pronk.text.messages import Message, ToolCall, messages_from_dicts
 from pronk.text.parse import Reply, TokenReplyParser
 from pronk.text.template import JinjaFormat
-from pronk.text.tokenizer import tokenizer_from_meta
+from pronk.text.tokenizer import tokenizer_from_gguf, tokenizer_from_meta
 from pronk.text.tools import tools_from_dicts
 from pronk.text.vocabulary import Tokenizer
 
@@ -156,7 +156,7 @@ OFFERS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("offer", OFFERS, ids=range(len(OFFERS)))
 @pytest.mark.parametrize("in_user", [True, False])
-def test_random_dialogs(offer, in_user):
+def test_random_dialogs(offer: dict[str, Any], in_user: bool) -> None:
     rng = random.Random(8)
     format = Llama31Format(LLAMA, style="hf", tools_in_user_message=in_user)
     for _ in range(60):
@@ -180,7 +180,7 @@ def test_random_dialogs(offer, in_user):
         assert rendered.ids == LLAMA.encode(text, special=True)
 
 
-def test_jinja_format_gives_the_same_ids():
+def test_jinja_format_gives_the_same_ids() -> None:
     """The template that a model brings, run by us, and our native style agree."""
     rng = random.Random(9)
     by_template = JinjaFormat(LLAMA, HF_TEMPLATE)
@@ -240,7 +240,7 @@ CHATML = ByteTokenizer(CHATML_SPECIALS, bos_id=257, eos_id=258)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_templates(name):
+def test_templates(name: str) -> None:
     rng = random.Random(10)
     format = JinjaFormat(CHATML, TEMPLATES[name])
     tools = [WEATHER, ADD] if name == "tools" else None
@@ -250,7 +250,7 @@ def test_templates(name):
             for message in random_dialog(rng)
             if name == "tools" or "tool_calls" not in message
         ]
-        variables = {
+        variables: dict[str, Any] = {
             "add_generation_prompt": rng.random() < 0.5,
             "bos_token": "<|im_start|>",
             "eos_token": "<|im_end|>",
@@ -271,7 +271,7 @@ def test_templates(name):
             assert CHATML.decode(id for id, mine in pairs if mine) == expected
 
 
-def test_calls_read_back_from_the_template():
+def test_calls_read_back_from_the_template() -> None:
     """What the template writes for a call is what the parser reads."""
     call = ToolCall("add", {"a": 'é "x"', "b": [1, None]}, "call_0")
     rendered = Llama31Format(LLAMA, style="hf").render(
@@ -281,3 +281,26 @@ def test_calls_read_back_from_the_template():
     written = [id for id, mine in zip(rendered.ids, rendered.assistant_mask, strict=True) if mine]
     events = [event for id in written for event in parser.push(id)] + parser.finish()
     assert Reply.of(events) == Reply("", (call,))
+
+
+def test_the_template_of_a_real_model(smollm2_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    fields = gguf.GGUFReader(smollm2_path).fields
+    keys = {key: f.contents() for key, f in fields.items() if key.startswith("tokenizer.")}
+    tokenizer = tokenizer_from_gguf(keys)
+    format = chat_format_for(tokenizer)
+    assert isinstance(format, JinjaFormat)
+    rng = random.Random(12)
+    for _ in range(60):
+        dialog = [message for message in random_dialog(rng) if "tool_calls" not in message]
+        [text], _ = chat_template_utils.render_jinja_template(
+            [dialog], None, None, tokenizer.chat_template, add_generation_prompt=True
+        )
+        rendered = format.render(messages_from_dicts(dialog))
+        assert rendered.ids == tokenizer.encode(text, special=True)
+        pairs = zip(rendered.ids, rendered.assistant_mask, strict=True)
+        answers = "".join(m["content"] for m in dialog if m["role"] == "assistant")
+        written = tokenizer.decode(id for id, mine in pairs if mine)
+        # A token of the header's newline and an answer's leading white space is the header's.
+        assert "".join(written.replace("<|im_end|>", "").split()) == "".join(answers.split())
+        assert written.count("<|im_end|>") == sum(m["role"] == "assistant" for m in dialog)

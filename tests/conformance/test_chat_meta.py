@@ -39,7 +39,7 @@ PYTHON_TAG = TOKENIZER.special_ids["<|python_tag|>"]
 
 
 @pytest.fixture(scope="module")
-def theirs():
+def theirs() -> Any:
     from llama_models.llama3.tokenizer import Tokenizer
 
     return meta_format.ChatFormat(Tokenizer.get_instance())
@@ -102,7 +102,7 @@ def without_tag(ids: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("tool_format", META_FORMATS)
-def test_random_dialogs(theirs, tool_format: ToolFormat):
+def test_random_dialogs(theirs: Any, tool_format: ToolFormat) -> None:
     rng = random.Random(31)
     n_calls = 0
     for _ in range(400):
@@ -193,7 +193,9 @@ DOCUMENTED: list[tuple[str, str, ToolFormat, list[Message], dict[str, Any]]] = [
     DOCUMENTED,
     ids=[case[1] for case in DOCUMENTED],
 )
-def test_documented_prompts(document, heading, tool_format, messages, options):
+def test_documented_prompts(
+    document: str, heading: str, tool_format: ToolFormat, messages: Any, options: dict[str, Any]
+) -> None:
     date = None if heading.startswith("User") else "21 September 2024"
     format = Llama31Format(TOKENIZER, tool_format, meta_schemas=tool_format == "json")
     rendered = format.render(messages, **({"date": date} | options))
@@ -204,7 +206,7 @@ def test_documented_prompts(document, heading, tool_format, messages, options):
     assert rendered.ids == TOKENIZER.encode(expected, special=True)
 
 
-def test_documented_history_of_a_built_in_tool():
+def test_documented_history_of_a_built_in_tool() -> None:
     expected = documented(DOC_31, "Built-in tools full interaction")
     result = expected.split("ipython<|end_header_id|>\n\n")[1].split("<|eot_id|>")[0]
     rendered = Llama31Format(TOKENIZER).render(
@@ -238,10 +240,10 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize(("where", "call"), ANSWERS.items(), ids=[name for _, name in ANSWERS])
-def test_documented_answers(where, call):
+def test_documented_answers(where: tuple[str, str], call: tuple[str, dict[str, Any]]) -> None:
     text = (PACKAGE / where[0]).read_text().split(f"\n## {where[1]}\n", 1)[1]
     answer = text.split("##### Model Response Format\n```\n", 1)[1].split("\n```\n", 1)[0]
-    reply = parse_reply(split_specials(answer))
+    reply = parse_reply(split_specials(answer), tools=None)
     assert reply.text == ""
     assert [(c.name, c.arguments) for c in reply.tool_calls] == [call]
 
@@ -251,7 +253,7 @@ def test_documented_answers(where, call):
 
 def calls_in(text: str) -> list[tuple[str, dict[str, Any]]] | None:
     """The calls in a text that holds nothing else."""
-    reply = parse_reply(split_specials(text))
+    reply = parse_reply(split_specials(text), tools=None)
     calls = [(call.name, call.arguments) for call in reply.tool_calls]
     return calls if calls and not reply.text else None
 
@@ -313,7 +315,7 @@ def run_all(module: ModuleType) -> int:
     return result.testsRun
 
 
-def test_metas_tests_of_tool_calls(monkeypatch):
+def test_metas_tests_of_tool_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     module = meta_tests("test_tool_utils")
     monkeypatch.setattr(module, "ToolUtils", OurToolUtils)
     monkeypatch.setattr(module, "is_valid_python_list", lambda text: calls_in(text) is not None)
@@ -321,7 +323,7 @@ def test_metas_tests_of_tool_calls(monkeypatch):
     assert run_all(module) == 20
 
 
-def test_metas_tests_of_the_tokenizer_and_the_format(monkeypatch):
+def test_metas_tests_of_the_tokenizer_and_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
     module = meta_tests("test_tokenizer")
     monkeypatch.setattr(module, "Tokenizer", OurTokenizer)
     monkeypatch.setattr(module, "ChatFormat", OurChatFormat)
@@ -347,9 +349,9 @@ def test_metas_tests_of_the_tokenizer_and_the_format(monkeypatch):
         '{"not": "a call"}<|eot_id|>',
     ],
 )
-def test_decoding(theirs, raw):
+def test_decoding(theirs: Any, raw: str) -> None:
     expected = theirs.decode_assistant_message_from_content(raw, None)
-    reply = parse_reply(split_specials(raw))
+    reply = parse_reply(split_specials(raw), tools=None)
     assert reply.text == expected.content
     names = [getattr(call.tool_name, "value", call.tool_name) for call in expected.tool_calls]
     assert [call.name for call in reply.tool_calls] == names

@@ -395,3 +395,36 @@ def test_threads_share_one_engine() -> None:
         answers = list(threads.map(answer, range(24)))
     assert answers == [expected([seed] * 20, 25) for seed in range(24)]
     check_accounts(engine)
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_step_that_fails_leaves_the_engine_usable(error: type[BaseException]) -> None:
+    """The caller's request ends; what another caller had begun goes on and comes out right."""
+    engine = make_engine(8)
+    other = make_request([4] * 40, 30)
+    engine.add(other)
+    engine.step()
+    model = engine._model
+    assert isinstance(model, FakeModel)
+    good_run, n_steps = model.run, 0
+
+    def failing_run(slices: Sequence[Slice]) -> list[Sampled | None]:
+        nonlocal n_steps
+        n_steps += 1
+        results = good_run(slices)  # what has been computed by then must not count
+        if n_steps == 3:
+            raise error
+        return results
+
+    model.run = failing_run  # type: ignore[method-assign]
+    failed = make_request([5] * 50, 20)
+    with pytest.raises(error):
+        engine.run([failed])
+    assert failed.finish_reason == "abort"
+    check_accounts(engine)
+    while engine.has_work:
+        engine.step()
+    assert other.output == expected([4] * 40, 30)
+    again = make_request([5] * 50, 20)
+    engine.run([again])
+    assert again.output == expected([5] * 50, 20)

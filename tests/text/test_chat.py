@@ -1,6 +1,7 @@
 """The native Llama 3.1 format: structure, masks, tools, and what no user text can do."""
 
 import datetime
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -8,10 +9,10 @@ from hypothesis import strategies as st
 
 from chat_samples import ADD, CHATML_SPECIALS, LLAMA_SPECIALS, WEATHER, ByteTokenizer
 from pronk.core.errors import UserError
-from pronk.text.chat import Llama31Format, Rendered, chat_format_for, english_date
+from pronk.text.chat import Llama31Format, Rendered, Style, chat_format_for, english_date
 from pronk.text.messages import Message, ToolCall
 from pronk.text.template import JinjaFormat
-from pronk.text.tools import Tool, tools_from_dicts
+from pronk.text.tools import Tool, ToolFormat, tools_from_dicts
 
 TOKENIZER = ByteTokenizer()
 TOOLS = tools_from_dicts([WEATHER, ADD])
@@ -41,7 +42,7 @@ BOS = "<|begin_of_text|>"
 
 
 @pytest.mark.parametrize("style", ["meta", "hf"])
-def test_dialog_and_mask(style):
+def test_dialog_and_mask(style: Style) -> None:
     messages = [Message("system", "Be brief."), USER, assistant(text="Hello"), USER]
     rendered = Llama31Format(TOKENIZER, style=style).render(messages)
     preamble = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
@@ -58,7 +59,7 @@ def test_dialog_and_mask(style):
     assert shown(closed) + OPEN == shown(rendered)
 
 
-def test_contents_are_verbatim_in_meta_and_trimmed_in_hf():
+def test_contents_are_verbatim_in_meta_and_trimmed_in_hf() -> None:
     messages = [Message("system", " s "), Message("user", "\n u "), assistant(text=" a ")]
     meta = shown(Llama31Format(TOKENIZER).render(messages, add_generation_prompt=False))
     assert meta == BOS + turn("system", " s ") + turn("user", "\n u ") + turn("assistant", " a ")
@@ -74,7 +75,7 @@ SPECIAL_TEXT = st.lists(
 
 @settings(max_examples=100, deadline=None)
 @given(SPECIAL_TEXT, SPECIAL_TEXT, SPECIAL_TEXT, st.sampled_from(["meta", "hf"]))
-def test_no_text_becomes_a_special_token(system, user, result, style):
+def test_no_text_becomes_a_special_token(system: str, user: str, result: str, style: Style) -> None:
     call = ToolCall("get_weather", {"city": user})
     messages = [
         Message("system", system),
@@ -124,7 +125,9 @@ def test_no_text_becomes_a_special_token(system, user, result, style):
         ("json", [], [], None, "S"),
     ],
 )
-def test_system_text_of_meta(tool_format, tools, builtins, date, system):
+def test_system_text_of_meta(
+    tool_format: ToolFormat, tools: list[Tool], builtins: list[str], date: str | None, system: str
+) -> None:
     rendered = Llama31Format(TOKENIZER, tool_format).render(
         [Message("system", "S"), USER], tools=tools, builtin_tools=builtins, date=date
     )
@@ -133,14 +136,14 @@ def test_system_text_of_meta(tool_format, tools, builtins, date, system):
     assert shown(rendered).count("<|start_header_id|>user") == (2 if tools else 1)
 
 
-def test_system_message_only_where_one_is_needed():
+def test_system_message_only_where_one_is_needed() -> None:
     format = Llama31Format(TOKENIZER)
     assert shown(format.render([USER])) == BOS + turn("user", "Hi") + OPEN
     assert shown(format.render([Message("system", ""), USER])).startswith(BOS + turn("system", ""))
     assert "Environment: ipython\n<|eot_id|>" in shown(format.render([USER], tools=TOOLS))
 
 
-def test_pythonic_tools_are_in_the_system_text():
+def test_pythonic_tools_are_in_the_system_text() -> None:
     format = Llama31Format(TOKENIZER, "pythonic")
     text = shown(format.render([Message("system", "S"), USER], tools=TOOLS))
     assert text.startswith(BOS + "<|start_header_id|>system<|end_header_id|>\n\nYou are an expert")
@@ -149,7 +152,7 @@ def test_pythonic_tools_are_in_the_system_text():
 
 
 @pytest.mark.parametrize("style", ["meta", "hf"])
-def test_tools_in_the_system_message(style):
+def test_tools_in_the_system_message(style: Style) -> None:
     format = Llama31Format(TOKENIZER, style=style, tools_in_user_message=False)
     text = shown(format.render([Message("system", "S"), USER], tools=TOOLS))
     system, rest = text.split("<|eot_id|>", 1)
@@ -158,7 +161,7 @@ def test_tools_in_the_system_message(style):
     assert rest == turn("user", "Hi") + OPEN
 
 
-def test_tools_of_hf_are_in_the_first_user_message():
+def test_tools_of_hf_are_in_the_first_user_message() -> None:
     format = Llama31Format(TOKENIZER, style="hf")
     text = shown(format.render([assistant(text="Yes?"), USER, USER], tools=TOOLS))
     assert turn("assistant", "Yes?") + "<|start_header_id|>user<|end_header_id|>\n\nGiven" in text
@@ -174,7 +177,7 @@ def test_tools_of_hf_are_in_the_first_user_message():
         ("add", "You MUST use the tool `add` to answer the user query."),
     ],
 )
-def test_tool_choice(choice, sentence):
+def test_tool_choice(choice: str, sentence: str) -> None:
     for style in ("meta", "hf"):
         format = Llama31Format(TOKENIZER, style=style)
         text = shown(format.render([USER], tools=TOOLS, tool_choice=choice))
@@ -214,7 +217,9 @@ CODE = ToolCall("code_interpreter", {"code": 'print("x")\n'})
         ),
     ],
 )
-def test_calls_in_the_history_of_meta(tool_format, calls, text, end):
+def test_calls_in_the_history_of_meta(
+    tool_format: ToolFormat, calls: list[Any], text: str, end: str
+) -> None:
     messages = [USER, assistant(*calls, text="So."), Message("tool", ' {"t": 1} ')]
     rendered = Llama31Format(TOKENIZER, tool_format).render(messages, tools=TOOLS)
     result = turn("ipython", ' {"t": 1} ')
@@ -222,7 +227,7 @@ def test_calls_in_the_history_of_meta(tool_format, calls, text, end):
     assert written(rendered) == "So." + text + end
 
 
-def test_json_calls_outside_of_an_ipython_environment():
+def test_json_calls_outside_of_an_ipython_environment() -> None:
     messages = [USER, assistant(ADD_CALL), Message("tool", "3")]
     format = Llama31Format(TOKENIZER)
     assert turn("assistant", ADD_JSON) in shown(format.render(messages))
@@ -262,22 +267,25 @@ def test_json_calls_outside_of_an_ipython_environment():
         ),
     ],
 )
-def test_calls_in_the_history_of_hf(builtins, calls, text, end):
+def test_calls_in_the_history_of_hf(
+    builtins: list[str], calls: list[Any], text: str, end: str
+) -> None:
     messages = [USER, assistant(*calls), Message("tool", "25 °C")]
     rendered = Llama31Format(TOKENIZER, style="hf").render(messages, builtin_tools=builtins)
     result = turn("ipython", '"25 °C"')
     assert shown(rendered).endswith(turn("assistant", text, end) + result + OPEN)
 
 
-def test_a_custom_tool_may_have_a_built_in_name():
+def test_a_custom_tool_may_have_a_built_in_name() -> None:
     mine = Tool("brave_search")
     rendered = Llama31Format(TOKENIZER).render([USER, assistant(SEARCH)], tools=[mine])
     assert '"name": "brave_search", "parameters"' in written(rendered)
 
 
-def test_dates():
+def test_dates() -> None:
     day = datetime.date(2024, 9, 1)
-    for style, text in (("meta", "01 September 2024"), ("hf", "01 Sep 2024")):
+    texts: dict[Style, str] = {"meta": "01 September 2024", "hf": "01 Sep 2024"}
+    for style, text in texts.items():
         format = Llama31Format(TOKENIZER, style=style)
         assert f"Today Date: {text}\n" in shown(format.render([USER], date=day))
         assert "Today Date: soon\n" in shown(format.render([USER], date="soon"))
@@ -304,8 +312,8 @@ def test_dates():
         ),
     ],
 )
-def test_refused(change, says):
-    options = {"messages": [USER], "tools": TOOLS} | change
+def test_refused(change: dict[str, Any], says: str) -> None:
+    options: dict[str, Any] = {"messages": [USER], "tools": TOOLS, **change}
     messages = options.pop("messages")
     with pytest.raises(UserError) as error:
         Llama31Format(TOKENIZER).render(messages, **options)
@@ -321,12 +329,12 @@ def test_refused(change, says):
         ({"style": "hf", "meta_schemas": True}, "style: 'hf' offers tools in JSON"),
     ],
 )
-def test_options_refused(options, says):
+def test_options_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         Llama31Format(TOKENIZER, **options)
 
 
-def test_a_token_that_the_vocabulary_lacks():
+def test_a_token_that_the_vocabulary_lacks() -> None:
     old = ByteTokenizer([s for s in LLAMA_SPECIALS if s != "<|python_tag|>"])
     with pytest.raises(
         UserError, match=r"chat: this model's tokenizer has no <\|python_tag\|> token"
@@ -334,7 +342,7 @@ def test_a_token_that_the_vocabulary_lacks():
         Llama31Format(old).render([USER, assistant(CODE)])
 
 
-def test_choice_of_the_format():
+def test_choice_of_the_format() -> None:
     llama = "{{ '<|start_header_id|>' }}"
     assert isinstance(chat_format_for(TOKENIZER), Llama31Format)
     assert isinstance(chat_format_for(ByteTokenizer(chat_template=llama)), Llama31Format)

@@ -1,6 +1,7 @@
 """The incremental reader of JSON and Python literals."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,8 @@ from pronk.text.literals import MAX_DEPTH, Mismatch, Source, read_value
 
 def read(text: str, ends: str = "") -> tuple[str, str]:
     """The JSON of the value at the start of `text` fed by single characters, and what is left."""
-    source, out = Source(), []
+    source = Source()
+    out: list[str] = []
     steps = read_value(source, out, ends)
     try:
         for c in text:
@@ -37,7 +39,7 @@ VALUES = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(VALUES, st.sampled_from([None, 2]))
-def test_json(value, indent):
+def test_json(value: Any, indent: int | None) -> None:
     expected = json.dumps(value, ensure_ascii=False)
     assert read(json.dumps(value, indent=indent)) == (expected, "")
     assert read(json.dumps(value, ensure_ascii=False) + "}", "}")[0] == expected
@@ -45,7 +47,7 @@ def test_json(value, indent):
 
 @settings(max_examples=300, deadline=None)
 @given(VALUES)
-def test_python(value):
+def test_python(value: Any) -> None:
     assert read(repr(value)) == (json.dumps(value, ensure_ascii=False), "")
 
 
@@ -68,7 +70,7 @@ def test_python(value):
         ("[" * MAX_DEPTH + "]" * MAX_DEPTH, eval("[" * MAX_DEPTH + "]" * MAX_DEPTH)),
     ],
 )
-def test_what_models_write(text, value):
+def test_what_models_write(text: str, value: Any) -> None:
     assert read(text) == (json.dumps(value, ensure_ascii=False), "")
 
 
@@ -104,11 +106,11 @@ def test_what_models_write(text, value):
         "undefined",
     ],
 )
-def test_refused(text):
+def test_refused(text: str) -> None:
     with pytest.raises(Mismatch):
         read(text)
 
 
-def test_reads_no_further_than_the_value():
+def test_reads_no_further_than_the_value() -> None:
     assert read('{"a": 1} tail') == ('{"a": 1}', " tail")
     assert read("12, 3", ",") == ("12", ", 3")

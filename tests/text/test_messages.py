@@ -1,5 +1,7 @@
 """Chat dictionaries: what is understood, and what is refused with which words."""
 
+from typing import Any
+
 import pytest
 
 from pronk.core.errors import UserError
@@ -8,7 +10,7 @@ from pronk.text.messages import Message, ToolCall, messages_from_dicts, to_dict
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": "é"}'}}
 
 
-def test_shapes():
+def test_shapes() -> None:
     messages = messages_from_dicts(
         [
             {"role": "developer", "content": "Be kind."},
@@ -31,19 +33,19 @@ def test_shapes():
 
 
 @pytest.mark.parametrize("arguments", ['{"a": 1}', {"a": 1}])
-def test_arguments_as_text_or_object(arguments):
+def test_arguments_as_text_or_object(arguments: Any) -> None:
     call = {"function": {"name": "f", "arguments": arguments}}
     [message] = messages_from_dicts([{"role": "assistant", "tool_calls": [call]}])
     assert message.tool_calls == (ToolCall("f", {"a": 1}),)
 
 
-def test_no_arguments():
+def test_no_arguments() -> None:
     call = {"function": {"name": "f", "arguments": ""}}
     [message] = messages_from_dicts([{"role": "assistant", "tool_calls": [call]}])
     assert message.tool_calls == (ToolCall("f", {}),)
 
 
-def assistant(**function):
+def assistant(**function: Any) -> dict[str, Any]:
     return {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
 
 
@@ -126,7 +128,7 @@ def assistant(**function):
         (assistant(name="f", arguments='{"a": "\\ud800"}'), "arguments: not writable as JSON"),
     ],
 )
-def test_refused(message, says):
+def test_refused(message: Any, says: str) -> None:
     with pytest.raises(UserError) as error:
         messages_from_dicts([{"role": "user", "content": "x"}, message])
     assert says in str(error.value)
@@ -134,11 +136,11 @@ def test_refused(message, says):
 
 
 @pytest.mark.parametrize("messages", ["hi", {"role": "user"}, None, 3])
-def test_no_list(messages):
+def test_no_list(messages: Any) -> None:
     with pytest.raises(UserError, match="messages: expected a list of messages, got"):
         messages_from_dicts(messages)
 
 
-def test_empty():
+def test_empty() -> None:
     with pytest.raises(UserError, match="messages: the list is empty"):
         messages_from_dicts([])

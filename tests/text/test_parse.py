@@ -4,6 +4,7 @@ import json
 import random
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -68,33 +69,35 @@ def check_consistent(events: list[Event]) -> None:
 
 
 @pytest.mark.parametrize(("raw", "text", "calls"), OUTPUTS, ids=range(len(OUTPUTS)))
-def test_every_form(raw, text, calls):
+def test_every_form(raw: str, text: str, calls: list[Any]) -> None:
     reply = parse_reply(split_specials(raw), tools=NAMES)
     assert [(call.name, call.arguments) for call in reply.tool_calls] == calls
     assert reply.text == (raw if text == "*" else text)
 
 
 @pytest.mark.parametrize(("raw", "text", "calls"), OUTPUTS, ids=range(len(OUTPUTS)))
-def test_no_tools_no_calls(raw, text, calls):
+def test_no_tools_no_calls(raw: str, text: str, calls: list[Any]) -> None:
     pieces = split_specials(raw)
     reply = parse_reply(pieces, tools=())
     assert reply == Reply("".join(p for p in pieces if isinstance(p, str)), ())
 
 
-def test_any_name_without_a_list_of_tools():
-    assert parse_reply('{"name": "anything", "arguments": {"x": 1}}').tool_calls == (
+def test_any_name_without_a_list_of_tools() -> None:
+    assert parse_reply('{"name": "anything", "arguments": {"x": 1}}', tools=None).tool_calls == (
         ToolCall("anything", {"x": 1}, "call_0"),
     )
-    assert parse_reply("[f(a=1), g.h()]").tool_calls == (
+    assert parse_reply("[f(a=1), g.h()]", tools=None).tool_calls == (
         ToolCall("f", {"a": 1}, "call_0"),
         ToolCall("g.h", {}, "call_1"),
     )
     pieces: Pieces = [SpecialToken("<|python_tag|>"), 'my_tool.call(query="x")']
-    assert parse_reply(pieces).tool_calls == (ToolCall("my_tool", {"query": "x"}, "call_0"),)
-    assert parse_reply('people.call(query="x")') == Reply('people.call(query="x")', ())
+    assert parse_reply(pieces, tools=None).tool_calls == (
+        ToolCall("my_tool", {"query": "x"}, "call_0"),
+    )
+    assert parse_reply('people.call(query="x")', tools=None) == Reply('people.call(query="x")', ())
 
 
-def test_code_needs_the_code_interpreter():
+def test_code_needs_the_code_interpreter() -> None:
     pieces: Pieces = [SpecialToken("<|python_tag|>"), "print(1)"]
     assert parse_reply(pieces, tools=["add"]) == Reply("print(1)", ())
     assert parse_reply(pieces, tools=["code_interpreter"]).tool_calls[0].arguments == {
@@ -102,19 +105,19 @@ def test_code_needs_the_code_interpreter():
     }
 
 
-def test_call_ids():
-    reply = parse_reply("[f(), f()]", call_id=lambda i: f"id{i}")
+def test_call_ids() -> None:
+    reply = parse_reply("[f(), f()]", tools=None, call_id=lambda i: f"id{i}")
     assert [call.id for call in reply.tool_calls] == ["id0", "id1"]
 
 
-def test_python_tag_spelled_out_begins_a_call_but_never_code():
+def test_python_tag_spelled_out_begins_a_call_but_never_code() -> None:
     spelled = "<|python_" + "tag|>"
     assert parse_reply(spelled + "[add(a=1)]", tools=NAMES).tool_calls[0].arguments == {"a": 1}
     explained = f"The {spelled} token marks a call: {spelled}print(1)"
     assert parse_reply(explained, tools=NAMES) == Reply(explained, ())
 
 
-def test_prose_is_passed_on_at_once():
+def test_prose_is_passed_on_at_once() -> None:
     parser = ReplyParser(NAMES)
     for piece in [
         "The",
@@ -145,7 +148,7 @@ def test_prose_is_passed_on_at_once():
         ("end. ", "More"),
     ],
 )
-def test_only_what_may_become_a_call_is_held(held, then):
+def test_only_what_may_become_a_call_is_held(held: str, then: str) -> None:
     parser = ReplyParser(NAMES)
     first = Reply.of(parser.push(held)).text
     assert first != held
@@ -153,7 +156,7 @@ def test_only_what_may_become_a_call_is_held(held, then):
     assert first + Reply.of(parser.push(then)).text == held + then
 
 
-def test_arguments_are_streamed_before_the_call_is_complete():
+def test_arguments_are_streamed_before_the_call_is_complete() -> None:
     parser = ReplyParser(NAMES)
     assert parser.push('{"name": "add", "parameters": {"a": "one') == [
         ToolCallStart(0, "call_0", "add"),
@@ -165,7 +168,7 @@ def test_arguments_are_streamed_before_the_call_is_complete():
     assert parser.finish() == []
 
 
-def test_a_call_that_goes_wrong_is_taken_back():
+def test_a_call_that_goes_wrong_is_taken_back() -> None:
     raw = 'Wait. {"name": "add", "parameters": {"a": 1, oops'
     events = joined(events_of([raw], NAMES))
     assert events == [
@@ -191,7 +194,7 @@ def random_output(rng: random.Random) -> str:
     return raw if rng.random() < 0.9 else raw[: rng.randrange(len(raw) + 1)]
 
 
-def test_pieces_do_not_matter():
+def test_pieces_do_not_matter() -> None:
     """10,000 random outputs, each in random pieces: the same events as in one piece."""
     rng = random.Random(20240723)
     n_calls = n_aborts = 0
@@ -214,7 +217,7 @@ def test_pieces_do_not_matter():
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet=st.sampled_from("{}[]()<>=\"'`\\,;:. \nabgetd_1|/é"), max_size=60))
-def test_text_without_a_call_is_kept_to_the_letter(text):
+def test_text_without_a_call_is_kept_to_the_letter(text: str) -> None:
     reply = parse_reply(text, tools=["get", "add"])
     if not reply.tool_calls:
         assert reply.text == text
@@ -240,7 +243,7 @@ ARGUMENTS = st.dictionaries(
 
 @settings(max_examples=200, deadline=None)
 @given(ARGUMENTS, st.integers(0, 2**32))
-def test_written_calls_are_read_back(arguments, seed):
+def test_written_calls_are_read_back(arguments: Any, seed: int) -> None:
     """What tools.py writes for the history is what this reads, in every format."""
     rng = random.Random(seed)
     calls = [ToolCall("add", arguments, "call_0"), ToolCall("get_time", {}, "call_1")]
@@ -256,7 +259,7 @@ def test_written_calls_are_read_back(arguments, seed):
         assert reply == Reply("", tuple(calls)), text
 
 
-def test_token_ids():
+def test_token_ids() -> None:
     tokenizer = ByteTokenizer()
     text = 'Grüße 🙂\n<|python_tag|>{"name": "add", "parameters": {"a": "é"}}<|eom_id|>'
     parser = TokenReplyParser(tokenizer, NAMES)
@@ -283,7 +286,7 @@ def test_token_ids():
     ],
     ids=range(8),
 )
-def test_hostile_output_takes_no_quadratic_time(text):
+def test_hostile_output_takes_no_quadratic_time(text: str) -> None:
     begun = time.perf_counter()
     assert parse_reply(text, tools=NAMES) == Reply(text, ())
     assert time.perf_counter() - begun < 20  # about 1 s; quadratic would be minutes

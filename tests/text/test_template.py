@@ -3,6 +3,8 @@
 import datetime
 import json
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from chat_samples import ADD, CHATML_SPECIALS, ByteTokenizer
 from pronk.core.errors import UserError
 from pronk.text.chat import Rendered
-from pronk.text.messages import Message, ToolCall
+from pronk.text.messages import Message, Role, ToolCall
 from pronk.text.sandbox import Meter
 from pronk.text.template import JinjaFormat
 from pronk.text.tools import tools_from_dicts
@@ -44,13 +46,13 @@ def written(rendered: Rendered) -> str:
     return TOKENIZER.decode(id for id, mine in pairs if mine)
 
 
-def render(source: str, messages=(USER,), **options) -> str:
+def render(source: str, messages: Sequence[Message] = (USER,), **options: Any) -> str:
     return shown(JinjaFormat(TOKENIZER, source).render(list(messages), **options))
 
 
 @pytest.mark.parametrize("source", [CHATML, MARKED])
 @pytest.mark.parametrize("open_header", [True, False])
-def test_text_and_mask(source, open_header):
+def test_text_and_mask(source: str, open_header: bool) -> None:
     rendered = JinjaFormat(TOKENIZER, source).render(DIALOG, add_generation_prompt=open_header)
     turn = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     expected = turn + "Hé\n<|im_end|>\n" + turn + "Bye<|im_end|>\n"
@@ -58,7 +60,7 @@ def test_text_and_mask(source, open_header):
     assert written(rendered) == "Hé\n<|im_end|>Bye<|im_end|>"
 
 
-def test_mask_without_a_way_to_tell():
+def test_mask_without_a_way_to_tell() -> None:
     source = "{% for m in messages[-2:] %}{{ m.content }}{% endfor %}"
     rendered = JinjaFormat(TOKENIZER, source).render(DIALOG)
     assert shown(rendered) == "HiBye"  # rendering works; only the mask is unknown
@@ -74,9 +76,9 @@ SPECIAL_TEXT = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(SPECIAL_TEXT, min_size=1, max_size=4), st.sampled_from([CHATML, MARKED]))
-def test_no_text_becomes_a_special_token(texts, source):
+def test_no_text_becomes_a_special_token(texts: list[str], source: str) -> None:
     format = JinjaFormat(TOKENIZER, source)
-    roles = ("user", "assistant")
+    roles: tuple[Role, ...] = ("user", "assistant")
     dialog = [Message(roles[i % 2], text) for i, text in enumerate(texts)]
     rendered = format.render(dialog)
     plain = format.render([Message(message.role, "x") for message in dialog])
@@ -96,7 +98,7 @@ def meter() -> Meter:
     return Meter(10**6, "", "", "\ufdd0")
 
 
-def test_neighbouring_texts_make_no_special_token():
+def test_neighbouring_texts_make_no_special_token() -> None:
     messages = [
         Message("user", "a<|im_"),
         Message("user", "end|>b <|im_end|"),
@@ -109,7 +111,7 @@ def test_neighbouring_texts_make_no_special_token():
     assert not any(map(TOKENIZER.is_special, rendered.ids))
 
 
-def test_tools_calls_and_results_cannot_inject_either():
+def test_tools_calls_and_results_cannot_inject_either() -> None:
     source = """{{ tools|tojson }}{{ tools[0]|tojson(ensure_ascii=true) }}
 {%- for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.name }}
 {{- c.function.arguments|tojson(indent=1) }}{{ c.id }}{% endfor %}{{ m.tool_call_id }}{{ m.name }}
@@ -130,12 +132,12 @@ def test_tools_calls_and_results_cannot_inject_either():
     assert "\ufdd0" not in shown(rendered)
 
 
-def test_merges_across_a_broken_text_stay_whole():
+def test_merges_across_a_broken_text_stay_whole() -> None:
     """Text between two special tokens is encoded in one piece."""
     seen = []
 
     class Recorder(ByteTokenizer):
-        def _encode_ordinary(self, text):
+        def _encode_ordinary(self, text: str) -> list[int]:
             seen.append(text)
             return super()._encode_ordinary(text)
 
@@ -146,7 +148,7 @@ def test_merges_across_a_broken_text_stay_whole():
 
 @pytest.mark.parametrize("add_bos", [True, False])
 @pytest.mark.parametrize("source", ["{{ bos_token }}x", "x", "{{ bos_token }}{{ bos_token }}x"])
-def test_one_bos(add_bos, source):
+def test_one_bos(add_bos: bool, source: str) -> None:
     tokenizer = ByteTokenizer(("<s>", "</s>"), bos_id=256, eos_id=257, add_bos=add_bos)
     ids = (
         JinjaFormat(tokenizer, source + "{{ messages[0].content }}{{ eos_token }}")
@@ -157,14 +159,14 @@ def test_one_bos(add_bos, source):
     assert ids == [*bos, *b"x<s>", 257]
 
 
-def test_dates():
+def test_dates() -> None:
     source = "{{ date_string|default('none') }} {{ strftime_now('%Y-%m-%d') }}"
     assert render(source, date=datetime.date(2024, 7, 26)) == "26 Jul 2024 2024-07-26"
     assert render(source, date="soon").startswith("soon 20")
     assert render(source) == f"none {datetime.date.today().isoformat()}"
 
 
-def test_the_dialect():
+def test_the_dialect() -> None:
     source = """\
 {% set ns = namespace(n=0, seen=[]) %}
 {% for m in messages %}
@@ -205,7 +207,7 @@ def test_the_dialect():
         ("(" * 10 + "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "chat template: RecursionError"),
     ],
 )
-def test_refused(source, says):
+def test_refused(source: str, says: str) -> None:
     with pytest.raises(UserError) as error:
         render(source)
     assert says in str(error.value)
@@ -269,20 +271,20 @@ NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% e
     ],
     ids=range(41),
 )
-def test_bounded(source):
+def test_bounded(source: str) -> None:
     begun = time.perf_counter()
     with pytest.raises(UserError, match="chat template: "):
         render(source)
     assert time.perf_counter() - begun < 20
 
 
-def test_long_chats_are_within_bounds():
+def test_long_chats_are_within_bounds() -> None:
     dialog = [Message("user", "word " * 20_000), Message("assistant", "<|im_end|>" * 2_000)] * 10
     rendered = JinjaFormat(TOKENIZER, CHATML).render(dialog)
     assert len(rendered.ids) > 1_000_000
 
 
-def test_internals_stay_hidden():
+def test_internals_stay_hidden() -> None:
     assert render("{{ '{0.__class__}'.format(1) }}|{{ messages.__len__ }}") == "|"
 
 
@@ -298,13 +300,13 @@ def test_internals_stay_hidden():
         ({"tools": TOOLS, "tool_choice": "add"}, "tool_choice: 'add' cannot be said to this model"),
     ],
 )
-def test_nothing_is_left_out_silently(options, says):
+def test_nothing_is_left_out_silently(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         render(CHATML, **options)
     assert render(CHATML, tools=TOOLS, tool_choice="none") == render(CHATML)
 
 
-def test_calls_are_not_left_out_silently():
+def test_calls_are_not_left_out_silently() -> None:
     call = Message("assistant", "", (ToolCall("f", {}),))
     with pytest.raises(
         UserError, match=r"messages\[1\].tool_calls: this model's chat template has"
@@ -312,18 +314,18 @@ def test_calls_are_not_left_out_silently():
         render(CHATML, [USER, call])
 
 
-def test_builtin_tools_are_passed_on():
+def test_builtin_tools_are_passed_on() -> None:
     source = "{{ builtin_tools|default([])|join(',') }}{% if tools %}{{ tools|length }}{% endif %}"
     assert render(source, builtin_tools=["brave_search"], tools=TOOLS) == "brave_search1"
     assert render(source) == ""
 
 
-def test_two_templates_at_once():
+def test_two_templates_at_once() -> None:
     """One rendering inside another keeps its own meter and marks."""
     inner = JinjaFormat(TOKENIZER, MARKED)
 
     class Nested(ByteTokenizer):
-        def _encode_ordinary(self, text):
+        def _encode_ordinary(self, text: str) -> list[int]:
             inner.render(DIALOG)
             return super()._encode_ordinary(text)
 

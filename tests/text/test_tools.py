@@ -1,6 +1,7 @@
 """Tool definitions and the prompt texts made of them."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -13,14 +14,14 @@ from pronk.text.tools import Tool, tools_from_dicts
 WEATHER_TOOL, ADD_TOOL = tools_from_dicts([WEATHER, ADD])
 
 
-def test_from_dicts_and_back():
+def test_from_dicts_and_back() -> None:
     assert WEATHER_TOOL.name == "get_weather"
     assert [tool.to_dict() for tool in (WEATHER_TOOL, ADD_TOOL)] == [WEATHER, ADD]
     [bare] = tools_from_dicts([{"type": "function", "function": {"name": "now"}}])
     assert bare == Tool("now", "", {"type": "object", "properties": {}})
 
 
-def function(**fields):
+def function(**fields: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", **fields}}
 
 
@@ -48,19 +49,19 @@ def function(**fields):
         (function(parameters={"x": object()}), "parameters: not writable as JSON"),
     ],
 )
-def test_refused(tool, says):
+def test_refused(tool: Any, says: str) -> None:
     with pytest.raises(UserError) as error:
         tools_from_dicts([WEATHER, tool])
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_no_list():
+def test_no_list() -> None:
     with pytest.raises(UserError, match="tools: expected a list of tools, got dict"):
         tools_from_dicts(WEATHER)
 
 
-def test_json_prompt_has_true_schemas_unless_metas_are_wanted():
+def test_json_prompt_has_true_schemas_unless_metas_are_wanted() -> None:
     head, body = prompts.json_prompt([ADD_TOOL]).split("JSON format:\n", 1)
     assert head.startswith("Answer the user's question by making use of the following functions")
     assert json.loads(body.removesuffix("\nReturn function calls in JSON format.")) == ADD
@@ -77,7 +78,7 @@ def test_json_prompt_has_true_schemas_unless_metas_are_wanted():
     assert '        "required": ["a", "b"]\n' in body
 
 
-def test_function_tag_prompt_keeps_what_the_schema_says():
+def test_function_tag_prompt_keeps_what_the_schema_says() -> None:
     text = prompts.function_tag_prompt([WEATHER_TOOL, ADD_TOOL])
     entries = [json.loads(line) for line in text.splitlines() if line.startswith('{"name"')]
     assert entries[0]["parameters"] == {
@@ -93,7 +94,7 @@ def test_function_tag_prompt_keeps_what_the_schema_says():
     }
 
 
-def test_pythonic_prompt_is_json():
+def test_pythonic_prompt_is_json() -> None:
     text = prompts.pythonic_prompt([WEATHER_TOOL, ADD_TOOL])
     weather, add = json.loads(text[text.index("\n[\n") :])
     assert weather["parameters"]["properties"] == WEATHER["function"]["parameters"]["properties"]
@@ -102,20 +103,20 @@ def test_pythonic_prompt_is_json():
 
 
 @pytest.mark.parametrize("in_user_message", [True, False])
-def test_hf_prompt(in_user_message):
+def test_hf_prompt(in_user_message: bool) -> None:
     text = prompts.hf_prompt([ADD_TOOL], in_user_message=in_user_message)
     head, body = text.split("Do not use variables.\n\n")
     assert head.startswith("Given the following" if in_user_message else "You have access to the")
     assert body == json.dumps(ADD, indent=4, ensure_ascii=False) + "\n\n"
 
 
-def test_a_property_without_keywords():
+def test_a_property_without_keywords() -> None:
     anything = Tool("f", "d", {"type": "object", "properties": {"x": True}})
     assert '"x": {"required": false}' in prompts.function_tag_prompt([anything])
     assert '"x": {}' in prompts.pythonic_prompt([anything])
 
 
-def test_call_texts():
+def test_call_texts() -> None:
     call = ToolCall("f", {"s": 'a"b\\c\né', "d": {"k": [True, None, 1.5]}})
     assert prompts.pythonic_call(call) == 'f(s="a\\"b\\\\c\\né", d={"k": [True, None, 1.5]})'
     assert prompts.builtin_call(ToolCall("brave_search", {"query": "é"})) == (

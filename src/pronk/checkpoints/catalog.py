@@ -5,6 +5,7 @@ A table and look-ups in it. Nothing here touches the network or reads a model fi
 """
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,7 +257,7 @@ def looks_like_path(text: str) -> bool:
 def looks_like_model(text: str) -> bool:
     """Whether a word can only mean a model: a path that exists, or the form of a path or an id."""
     if any(map(str.isspace, text)):
-        return _exists(Path(text).expanduser())
+        return _exists(Path(os.path.expanduser(text)))
     return looks_like_path(text) or bool(_REPO_ID.fullmatch(text)) or _exists(Path(text))
 
 
@@ -273,7 +274,7 @@ def resolve_model(text: str | Path) -> ModelRef:
         return ModelRef(text, entry=entry, repo=repo)
     if not text.strip() or "\0" in text:
         raise UserError(f"MODEL: {text!r} is no model name and no path")
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if looks_like_path(text) or _exists(path):
         return _resolve_path(text, path)
     if match := _REPO_ID.fullmatch(text):
@@ -293,11 +294,12 @@ def unknown_model(text: str) -> str:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, RuntimeError, ValueError):  # too long for a name, a home of nobody, a NUL
+    except (OSError, ValueError):  # too long for a name; a NUL in it
         return False
 
 
 def _resolve_path(text: str, path: Path) -> ModelRef:
     if not _exists(path):
-        raise UserError(f"MODEL: no such file or folder: {text}")
+        shown = text if text.isprintable() else repr(text)
+        raise UserError(f"MODEL: no such file or folder: {shown}")
     return ModelRef(text, path=path)

@@ -129,11 +129,11 @@ def remove(ref: ModelRef, found: Installed | None) -> int:
     returns the bytes freed."""
     if ref.select:
         return sum(_remove_file(Path(file.path)) for file in found.files) if found else 0
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        cached = scan_cache_dir()
+        cached = scan_cache_dir(constants.HF_HUB_CACHE)
     except CacheNotFound:
         return 0
     for cached_repo in cached.repos:

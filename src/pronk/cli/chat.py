@@ -57,7 +57,7 @@ def chat(
     """
     model, prompt = model_and_prompt(model, prompt)
     definitions = None if tools is None else read_tools(tools)
-    interactive = prompt is None and sys.stdin.isatty()
+    interactive = prompt is None and _on_a_terminal()
     if interactive and as_json:
         raise UserError("PROMPT: --json needs one, as an argument or on stdin")
     if not interactive:
@@ -74,6 +74,10 @@ def chat(
         emit(reply_json(model, conversation.answer()))
     else:
         say(conversation.stream())
+
+
+def _on_a_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 def model_and_prompt(first: str | None, second: str | None) -> tuple[str, str | None]:

@@ -69,11 +69,13 @@ def real(low: float, high: float, *, positive: bool = False) -> Callable[[str], 
 
 def bias(value: str) -> tuple[int, float]:
     """ID=AMOUNT, what is added to the logit of one token."""
-    token, _, amount = value.partition("=")
+    token, equals, amount = value.partition("=")
+    if not equals:
+        raise click.BadParameter(f"{value} is not ID=AMOUNT, such as 42=-100")
     try:
         return whole(0)(token), real(-100, 100)(amount)
     except click.BadParameter as error:
-        raise click.BadParameter(f"{value!r} is not ID=AMOUNT: {error.message}") from None
+        raise click.BadParameter(f"{value} is not ID=AMOUNT: {error.message}") from None
 
 
 def read_text(name: str, path: str) -> str:
@@ -86,8 +88,9 @@ def read_text(name: str, path: str) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         byte = data[error.start]
+        where = "stdin" if path == "-" else path
         raise UserError(
-            f"{name}: {path} is not UTF-8: byte {error.start} is 0x{byte:02x} ({error.reason})"
+            f"{name}: {where} is not UTF-8: byte {error.start} is 0x{byte:02x} ({error.reason})"
         ) from None
 
 
@@ -201,25 +204,22 @@ def _bundle(
     return wrapped
 
 
-def load_model(
-    model: str, options: LoadOptions, *, ctx: int | None, max_batch: int | None = None
-) -> "LLM":
+def load_model(model: str, options: LoadOptions, *, ctx: int | None) -> "LLM":
     """Loads a model for a verb: progress on stderr, and the licence terms on first use."""
     from pronk.checkpoints.catalog import resolve_model
     from pronk.engine.llm import LLM
 
-    show_terms_once(resolve_model(model).licence)
-    arguments: dict[str, Any] = {} if max_batch is None else {"max_batch": max_batch}
     with Reporter() as progress:
-        return LLM(
+        llm = LLM(
             model,
             ctx=ctx,
             threads=options.threads,
             backend=options.backend,
             kv_dtype=options.kv_dtype,
             progress=progress,
-            **arguments,
         )
+    show_terms_once(resolve_model(model).licence)
+    return llm
 
 
 def show_terms_once(licence: "Licence | None") -> None:

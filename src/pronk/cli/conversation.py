@@ -9,7 +9,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -77,21 +77,22 @@ class Conversation:
     def answer(self) -> "Reply":
         return self.llm.chat(self.messages, **self._options)
 
-    def stream(self) -> "Iterator[Piece]":
-        return self.llm.stream(self.messages, **self._options)
+    def stream(self) -> "Generator[Piece]":
+        yield from self.llm.stream(self.messages, **self._options)
 
 
-def say(pieces: "Iterator[Piece]", stopped: Callable[[], bool] = lambda: False) -> "Said":
+def say(pieces: "Generator[Piece]", stopped: Callable[[], bool] = lambda: False) -> "Said":
     """Prints an answer as it comes, its tool calls as one line of JSON each at the end. Between
     two pieces `stopped` may end it."""
     parts: list[str] = []
     reply = None
-    for piece in pieces:
-        parts.append(piece.text)
-        click.echo(piece.text, nl=False)
-        reply = piece.reply
-        if reply is None and stopped():
-            break
+    with contextlib.closing(pieces):
+        for piece in pieces:
+            parts.append(piece.text)
+            click.echo(piece.text, nl=False)
+            reply = piece.reply
+            if stopped():
+                break
     text = "".join(parts)
     if text and not text.endswith("\n"):
         click.echo()
@@ -119,6 +120,8 @@ def converse(conversation: Conversation, model: str) -> None:
         import readline  # noqa: F401  (gives input() its line editing and history)
 
     llm = conversation.llm
+    if llm.chat_format is None:
+        raise UserError(f"MODEL: {model} is a base model without a chat format; use generate")
     note(
         f"{model}: {human_count(llm.config.n_params)} parameters, context {llm.context} tokens,"
         f" {llm.backend_name} backend. /help lists the commands, Ctrl-D leaves."
@@ -152,18 +155,24 @@ def turn(conversation: Conversation, line: str) -> None:
         raise
     if said.reply:
         conversation.turns.append(said.reply.message)
-        timings = said.reply.timings
-        note(
-            f"[{counted(said.reply.usage.completion_tokens, 'token')}, {timings.decode_speed:.1f} tokens/s,"
-            f" first after {timings.prompt_seconds:.2f} s]"
-        )
-        if said.reply.tool_calls:
-            note("[answer the call with /tool RESULT]")
-    else:
+        note(summary(said.reply))
+    elif said.text:
         from pronk.text.messages import Message
 
         conversation.turns.append(Message("assistant", said.text))
         note("[stopped]")
+    else:
+        conversation.turns = before
+        note("[stopped before the first word; the prompt is forgotten]")
+
+
+def summary(reply: "Reply") -> str:
+    timings = reply.timings
+    line = (
+        f"[{counted(reply.usage.completion_tokens, 'token')}, {timings.decode_speed:.1f} tokens/s,"
+        f" first after {timings.prompt_seconds:.2f} s]"
+    )
+    return f"{line}\n[answer the call with /tool RESULT]" if reply.tool_calls else line
 
 
 def command(conversation: Conversation, line: str) -> bool:

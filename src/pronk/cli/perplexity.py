@@ -54,10 +54,10 @@ def perplexity(
     load: LoadOptions,
     as_json: bool,
 ) -> None:
-    """Measure how well a model predicts the text in FILE (- is stdin).
+    """Measure how well a model predicts a text.
 
-    Windows of --ctx tokens, --stride apart, cover the text; every token is scored once, with at
-    least ctx - stride tokens before it (fewer in the first window).
+    FILE is UTF-8 text, - is stdin. Windows of --ctx tokens, --stride apart, cover the text; every
+    token is scored once, with at least ctx - stride tokens before it (fewer in the first window).
     """
     from pronk.eval.perplexity import measure_perplexity, windows
 

@@ -23,11 +23,12 @@ def pull(name: str, as_json: bool) -> None:
     its name. What is there already is not fetched again.
     """
     from pronk.checkpoints import pull as fetching
+    from pronk.checkpoints.catalog import licence_by_name
 
     ref = ref_of(name)
-    show_terms_once(ref.licence)
     with Reporter() as progress:
         model = fetching.pull(ref, progress=progress)
+    show_terms_once(licence_by_name(model.licence))
     if as_json:
         emit(
             {

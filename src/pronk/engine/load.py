@@ -35,22 +35,27 @@ MERGED = {"wqkv": ("wq", "wk", "wv"), "wo": ("wo",), "w_gate_up": ("w_gate", "w_
 """The linear weights of a layer, and the tensors that each is stacked from."""
 
 PRECISE = ("wqkv",)
-"""Weights whose inputs keep 16 bits on a backend that rounds to 8; the output layer is another.
-Where rounding costs most for its share of the work: on SmolLM2 these two make 60 % of the KL
-divergence that 8 bits everywhere would cause (docs/results/parity.md)."""
+"""Weights whose inputs keep 16 bits, in any model, on a backend that rounds to 8; the output layer
+is another. Here rounding costs most for its share of the work: on SmolLM2 these two make 60 % of
+the KL divergence that 8 bits everywhere would cause (docs/results/parity.md)."""
+
+SMALL_MODEL = 1_000_000_000
+"""Models of fewer weights keep 16 bits everywhere: their answers hang on small differences between
+logits, and they are quick enough to afford it."""
 
 
 class _Loader:
     """Hands tensors to a backend one after another, and their file pages back to the system, so
     that no more than one weight is in memory twice."""
 
-    def __init__(self, checkpoint: Checkpoint, ops: Ops, progress: Progress) -> None:
+    def __init__(self, checkpoint: Checkpoint, ops: Ops, precise: bool, progress: Progress) -> None:
         self._checkpoint, self._ops, self._progress = checkpoint, ops, progress
+        self._precise = precise
         self._done = 0
 
     def weight(self, *names: str, precise: bool = False) -> Any:
         tensors = [self._checkpoint.get(name) for name in names]
-        weight = self._ops.make_weight(tensors, precise=precise)
+        weight = self._ops.make_weight(tensors, precise=precise or self._precise)
         self._book(tensors)
         return weight
 
@@ -80,12 +85,21 @@ class _Loader:
 
 
 def load_model(
-    checkpoint: Checkpoint, ops: Ops, *, n_positions: int, progress: Progress = silent
+    checkpoint: Checkpoint,
+    ops: Ops,
+    *,
+    n_positions: int,
+    precise: bool | None = None,
+    progress: Progress = silent,
 ) -> LlamaWeights:
     """All weights of a checkpoint as handles of a backend, and rotary angles of `n_positions`.
-    Progress is in bytes of the checkpoint."""
+
+    `precise` True keeps 16 bits of the activations for every weight, False for those of PRECISE
+    only, None decides by SMALL_MODEL. Progress is in bytes of the checkpoint."""
     config = checkpoint.config
-    loader = _Loader(checkpoint, ops, progress)
+    if precise is None:
+        precise = config.n_params < SMALL_MODEL
+    loader = _Loader(checkpoint, ops, precise, progress)
     weights = LlamaWeights(
         embed=loader.table("embed"),
         layers=[loader.layer(i) for i in range(config.n_layers)],

@@ -224,7 +224,7 @@ class Llama31Format:
         turns = (self._meta_turns if self.style == "meta" else self._hf_turns)(
             messages, offer, today
         )
-        ipython = turns[:1] != [] and turns[0].role == "system" and _ENVIRONMENT in turns[0].text
+        ipython = any(turn.role == "system" and _ENVIRONMENT in turn.text for turn in turns[:1])
         writer = _Writer(self.tokenizer)
         writer.special("<|begin_of_text|>")
         for turn in turns:

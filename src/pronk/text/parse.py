@@ -100,7 +100,7 @@ class Reply:
 def parse_reply(
     reply: str | Iterable[str | SpecialToken],
     *,
-    tools: Collection[str] | None = None,
+    tools: Collection[str] | None,
     call_id: Callable[[int], str] | None = None,
 ) -> Reply:
     """Text and calls of a complete answer; see ReplyParser for `tools` and `call_id`.
@@ -132,7 +132,7 @@ class TokenReplyParser:
     def __init__(
         self,
         tokenizer: "Tokenizer",
-        tools: Collection[str] | None = None,
+        tools: Collection[str] | None,
         call_id: Callable[[int], str] | None = None,
     ) -> None:
         self._stream = tokenizer.stream()
@@ -169,7 +169,8 @@ class _Draft:
 
 
 _CODE = "code_interpreter"
-_CALL_KEYS = ("name", "parameters", "arguments", "type", "function", "id")
+_CALL_KEYS = frozenset({"name", "parameters", "arguments", "type", "function", "id"})
+_CALL_TYPES = frozenset({"function"})
 _LANGUAGES = ("json", "tool_call", "tool_code", "python", "")
 _ANY_NAME = re.compile(r"[\w.\-/]{1,80}")
 _FORGET = 4096  # characters; dropping consumed text copies the rest
@@ -180,15 +181,16 @@ _BETWEEN_CHARS = " \t\r\n;,"
 class ReplyParser:
     """The incremental parser.
 
-    `tools` are the names that may be called; None accepts any name, an empty collection makes
-    everything text. `code_interpreter` among them makes Python source after `<|python_tag|>` a
-    call. `call_id(index)` makes the calls' ids; by default "call_0", "call_1", ...
+    `tools` are the names that were offered; None accepts any name (also that of a person in a JSON
+    answer), an empty collection makes everything text. `code_interpreter` among them makes Python
+    source after `<|python_tag|>` a call. `call_id(index)` makes the calls' ids; by default
+    "call_0", "call_1", ...
     White space around calls and separators between them are no text.
     """
 
     def __init__(
         self,
-        tools: Collection[str] | None = None,
+        tools: Collection[str] | None,
         call_id: Callable[[int], str] | None = None,
     ) -> None:
         self._names = None if tools is None else frozenset(tools)
@@ -320,13 +322,13 @@ class ReplyParser:
     def _python(self) -> Steps[None]:
         """After the python tag: calls, or else source code if code can be run."""
         source = self._source
-        if not (yield from source.token()):
-            return
+        c = yield from source.token()
         n_before = self._index
+        self._mark = 0
         try:
-            while (yield from source.skip(_BETWEEN)):
-                self._mark = source.pos
+            while c:
                 yield from self._call(bare=True)
+                c = yield from source.skip(_BETWEEN)
         except Mismatch:
             no_call = self._index == n_before and not self._draft.started
             if no_call and (self._names is None or _CODE in self._names):
@@ -400,17 +402,18 @@ class ReplyParser:
         if key == "id":
             yield from read_value(self._source, [], ",}")
         elif key == "type":
-            yield from self._quoted(("function",))
+            yield from self._quoted(_CALL_TYPES)
         elif key == "function" and c == "{" and not nested:
             yield from self._members(draft, nested=True)
         elif key in ("name", "function"):
-            draft.name = yield from self._quoted_name()
+            draft.name = yield from self._quoted(self._names)
             draft.held = draft.name in BUILTIN_CALLS
         else:
             yield from self._arguments(draft, c)
 
     def _arguments(self, draft: _Draft, c: str) -> Steps[None]:
         """An object, the JSON text of one (as OpenAI writes it), or null."""
+        draft.json = []  # given twice, the last ones count
         if c == "{":
             if draft.name is not None:
                 self._start(draft)
@@ -493,30 +496,13 @@ class ReplyParser:
 
     # --- names ----------------------------------------------------------------------------------
 
-    def _quoted(self, words: tuple[str, ...]) -> Steps[str]:
-        """One of `words` in quotes; fails at the first character that none of them has there."""
+    def _quoted(self, words: frozenset[str] | None) -> Steps[str]:
+        """One of `words` in quotes."""
         quote = yield from self._source.peek()
         if quote not in ('"', "'"):
             raise Mismatch
         self._source.pos += 1
-        for n in range(max(map(len, words)) + 1):
-            c = yield from self._source.peek()
-            start = self._source.pos - n
-            if c == quote and self._source.text[start : self._source.pos] in words:
-                self._source.pos += 1
-                return self._source.text[start : self._source.pos - 1]
-            so_far = self._source.text[start : self._source.pos] + c
-            if not c or not any(word.startswith(so_far) for word in words):
-                raise Mismatch
-            self._source.pos += 1
-        raise Mismatch
-
-    def _quoted_name(self) -> Steps[str]:
-        quote = yield from self._source.peek()
-        if quote not in ('"', "'"):
-            raise Mismatch
-        self._source.pos += 1
-        return (yield from self._name((quote,), self._names))
+        return (yield from self._name((quote,), words))
 
     def _name(self, ends: tuple[str, ...], names: frozenset[str] | None) -> Steps[str]:
         """One of `names` and one of `ends`, consumed; fails as soon as it can be neither."""

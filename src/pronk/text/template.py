@@ -79,7 +79,8 @@ class JinjaFormat:
 
         The assistant mask comes from the template's `{% generation %}` blocks. Without these it
         comes from rendering every beginning of the chat, up to the model's end token; asked for
-        it, a template that does not repeat its beginnings raises UserError.
+        it, a template that does not repeat its beginnings raises UserError. A token belongs to
+        whoever wrote its first character.
         """
         offer = check_offer(tools, builtin_tools, tool_choice)
         if offer.sentence:
