@@ -382,6 +382,7 @@ def test_ctrl_c_on_a_real_terminal(tiny: str) -> None:
     terminal.ctrl_c()
     terminal.wait_for("[stopped]")
     terminal.wait_for("> ")
+    time.sleep(0.5)  # readline shows its prompt a moment before it listens
     terminal.ctrl_c()
     terminal.wait_for("interrupted")
     assert terminal.exit_code() == 130

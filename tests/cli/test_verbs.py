@@ -351,6 +351,18 @@ def test_perplexity_refuses_another_vocabulary(tiny: str, tmp_path: Path, pronk:
     assert f"--reference: its vocabulary has {size + 3} tokens, that of MODEL {size}" in ran.err
 
 
+def test_perplexity_says_when_a_window_does_not_fit_the_memory(
+    tiny: str, tmp_path: Path, pronk: Pronk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some words " * 50)
+    monkeypatch.setattr("pronk.engine.memory.free_memory", lambda: 50_000)
+    ran = pronk("perplexity", tiny, str(text), "--ctx", "64")
+    assert (ran.code, ran.out) == (2, "")
+    most = 50_000 // (4 * CONFIG.vocab_size)
+    assert f"--ctx: the logits of 64 tokens take 0.0 GB, 0.0 GB are free; at most {most}" in ran.err
+
+
 def test_results_go_to_stdout_only(tiny: str, pronk: Pronk) -> None:
     assert pronk("tokenize", tiny, "x").err == ""
     assert pronk("show", tiny).err == ""

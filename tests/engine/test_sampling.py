@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pronk.backends.protocol import F32, SampleParams
+from pronk.backends.protocol import F32, Sampled, SampleParams
 from pronk.backends.select import select_backend
 from pronk.core.errors import UserError
 from pronk.engine.request import MAX_SEED, Request, SamplingParams
@@ -99,15 +99,16 @@ def test_a_request_without_a_seed_gets_one_and_keeps_it() -> None:
 
 
 def test_penalties_see_the_prompt_and_the_output() -> None:
-    from pronk.backends.protocol import Sampled
-
     request = Request([1, 2], SamplingParams(presence_penalty=1.0))
     request.limit = 10
     request.append(Sampled(5))
     params = request.sample_params()
     assert (list(params.prompt_ids), list(params.output_ids), params.draw) == ([1, 2], [5], 1)
-    plain = Request([1, 2], SamplingParams()).sample_params()
-    assert (len(plain.prompt_ids), len(plain.output_ids)) == (0, 0)
+    plain = Request([1, 2], SamplingParams())
+    plain.limit = 10
+    plain.append(Sampled(5))
+    params = plain.sample_params()
+    assert (len(params.prompt_ids), len(params.output_ids), params.draw) == (0, 0, 1)
 
 
 @pytest.mark.parametrize("prompt", [["a"], [1.5], [2**40], "text"])

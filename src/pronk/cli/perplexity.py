@@ -76,6 +76,7 @@ def perplexity(
         options = dataclasses.replace(load, backend=reference_backend or load.backend)
         other = load_model(reference, options, ctx=ctx)
         _check_same_vocabulary(llm, other, content[:2000])
+    _check_memory(ctx, llm.config.vocab_size * (2 if other else 1))
     with Reporter() as progress:
         result = measure_perplexity(
             llm.logits,
@@ -96,6 +97,18 @@ def _check_same_vocabulary(llm: "LLM", other: "LLM", sample: str) -> None:
         raise UserError(f"--reference: its vocabulary has {theirs} tokens, that of MODEL {ours}")
     if llm.tokenizer.encode(sample) != other.tokenizer.encode(sample):
         raise UserError("--reference: it reads the text as other tokens than MODEL does")
+
+
+def _check_memory(ctx: int, n_logits: int) -> None:
+    """The logits of one window are held at once, float32."""
+    from pronk.engine.memory import free_memory
+
+    free = free_memory()
+    if free is not None and 4 * ctx * n_logits > free:
+        raise UserError(
+            f"--ctx: the logits of {ctx} tokens take {4 * ctx * n_logits / 1e9:.1f} GB,"
+            f" {free / 1e9:.1f} GB are free; at most {free // (4 * n_logits)} would fit"
+        )
 
 
 def _report(facts: dict[str, Any], result: "Perplexity", as_json: bool) -> None:

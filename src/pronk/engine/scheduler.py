@@ -166,4 +166,4 @@ class Scheduler:
     def _take_back(self, request: Request) -> None:
         self.pool.give_back(request.blocks)
         del request.blocks[:]
-        request.computed = request.published = 0
+        request.computed = 0
