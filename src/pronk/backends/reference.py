@@ -256,11 +256,13 @@ def _draw(scores_V: F32, p: SampleParams) -> int:
     """
     uniform = np.random.Generator(np.random.Philox(key=p.seed, counter=p.draw)).random()
     scaled_V = scores_V.astype(np.float64) / p.temperature
-    if p.top_k:
-        scaled_V = _keep_largest(scaled_V, p.top_k)
+    most = len(scaled_V)
+    if 0 < p.top_k < most:
+        most = p.top_k
+        scaled_V = _keep_largest(scaled_V, most)
     weights_V = np.exp(scaled_V - scaled_V.max())
     total = weights_V.sum()
-    n = 256
+    n = min(256, most)
     while True:
         order = _largest(scaled_V, n)
         probs = weights_V[order] / total
@@ -271,9 +273,9 @@ def _draw(scores_V: F32, p: SampleParams) -> int:
             complete = probs[-1] < p.min_p * probs[0]
         else:
             complete = before[-1] + probs[-1] > uniform
-        if complete or n >= len(scaled_V):
+        if complete or n == most:
             break
-        n *= 8
+        n = min(8 * n, most)
     # a token stays while the mass before it is within top_p (Meta's rule)
     keep = int(np.count_nonzero(before <= p.top_p)) if p.top_p < 1.0 else len(probs)
     if p.min_p > 0.0:
