@@ -256,13 +256,13 @@ def _draw(scores_V: F32, p: SampleParams) -> int:
     """
     uniform = np.random.Generator(np.random.Philox(key=p.seed, counter=p.draw)).random()
     scaled_V = scores_V.astype(np.float64) / p.temperature
-    most = len(scaled_V)
-    if 0 < p.top_k < most:
-        most = p.top_k
-        scaled_V = _keep_largest(scaled_V, most)
+    tokens = np.arange(len(scaled_V))
+    if 0 < p.top_k < len(scaled_V):
+        tokens = _largest(scaled_V, p.top_k)
+        scaled_V = scaled_V[tokens]
     weights_V = np.exp(scaled_V - scaled_V.max())
     total = weights_V.sum()
-    n = min(256, most)
+    n = 256
     while True:
         order = _largest(scaled_V, n)
         probs = weights_V[order] / total
@@ -273,9 +273,9 @@ def _draw(scores_V: F32, p: SampleParams) -> int:
             complete = probs[-1] < p.min_p * probs[0]
         else:
             complete = before[-1] + probs[-1] > uniform
-        if complete or n == most:
+        if complete or n >= len(scaled_V):
             break
-        n = min(8 * n, most)
+        n *= 8
     # a token stays while the mass before it is within top_p (Meta's rule)
     keep = int(np.count_nonzero(before <= p.top_p)) if p.top_p < 1.0 else len(probs)
     if p.min_p > 0.0:
@@ -283,12 +283,4 @@ def _draw(scores_V: F32, p: SampleParams) -> int:
     mass = probs[: max(keep, 1)]
     share = mass.sum() if p.top_p < 1.0 or p.min_p > 0.0 else 1.0
     index = int(np.searchsorted(np.cumsum(mass), uniform * share, side="right"))
-    return int(order[min(index, len(mass) - 1)])
-
-
-def _keep_largest(scores_V: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.float64]:
-    """All but the k largest scores become -inf."""
-    kept_V = np.full_like(scores_V, -np.inf)
-    best = _largest(scores_V, k)
-    kept_V[best] = scores_V[best]
-    return kept_V
+    return int(tokens[order[min(index, len(mass) - 1)]])
