@@ -61,12 +61,12 @@ class PackedWeight {
         const uint8_t* from = checked_rows(data, info, weight_.k);
         const int64_t rows = data.shape(0), stride = data.stride(0);
         nb::gil_scoped_release release;
-        auto memory = std::make_unique<Memory>((rows + kPanel - 1) / kPanel * panel_bytes(info.pack, weight_.k));
-        pack_rows(Kind(kind), from, stride, rows, weight_.k, memory->data());
-        weight_.segments.push_back({info.pack, rows, memory->data()});
+        Piece piece = allocate((rows + kPanel - 1) / kPanel * panel_bytes(info.pack, weight_.k));
+        pack_rows(Kind(kind), from, stride, rows, weight_.k, piece.data);
+        weight_.segments.push_back({info.pack, rows, piece.data});
         weight_.rows += rows;
-        nbytes_ += memory->size();
-        memories_.push_back(std::move(memory));
+        nbytes_ += piece.bytes;
+        pieces_.push_back(std::move(piece));
     }
 
     const Weight& weight() const { return weight_; }
@@ -74,7 +74,7 @@ class PackedWeight {
 
   private:
     Weight weight_;
-    std::vector<std::unique_ptr<Memory>> memories_;
+    std::vector<Piece> pieces_;
     size_t nbytes_ = 0;
 };
 

@@ -197,12 +197,15 @@ void tile_direct(const QuantizedRows& a, int64_t t0, const uint8_t* panel, size_
             if (b % 8 == 0) super = head, head += info.super_bytes;
         }
         const uint8_t* body = head + info.head_bytes;
-        constexpr int kAhead = 1024;  // bytes; the hardware prefetcher stops at each page
+        // the hardware prefetcher stops at each page; past these panels the next ones follow
+        constexpr int kAhead = 1024, kPanels = NV / kPerPanel;
+        const uint8_t* ahead = head + kAhead;
+        if (ahead >= panel + stride) ahead += (kPanels - 1) * stride;
 #pragma GCC unroll 4
-        for (int p = 0; p < NV / kPerPanel; ++p)
+        for (int p = 0; p < kPanels; ++p)
 #pragma GCC unroll 10
             for (int line = 0; line < info.head_bytes + info.code_bytes; line += 64)
-                __builtin_prefetch(head + p * stride + kAhead + line);
+                __builtin_prefetch(ahead + p * stride + line);
         tile_block<P, kWide, MR, NV>(
             a, t0, b, [&](int v, int g) { return codes<P>(body + v / kPerPanel * stride, v % kPerPanel, g); },
             [&](int v) {

@@ -6,6 +6,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <new>
 
 namespace pronk {
@@ -41,5 +43,35 @@ class Memory {
     uint8_t *base_ = nullptr, *data_ = nullptr;
     size_t bytes_ = 0, mapped_ = 0;
 };
+
+// A piece of memory that keeps the chunk it lies in alive.
+struct Piece {
+    std::shared_ptr<Memory> chunk;
+    uint8_t* data = nullptr;
+    size_t bytes = 0;
+};
+
+// Small pieces share chunks, so that they too lie in huge pages: a small model's weights are read
+// in one go, and would otherwise miss the address cache at every page.
+inline Piece allocate(size_t bytes) {
+    constexpr size_t kChunk = size_t(32) << 20, kOwn = size_t(8) << 20, kAlign = 4096;
+    if (bytes >= kOwn) {
+        auto chunk = std::make_shared<Memory>(bytes);
+        return {chunk, chunk->data(), bytes};
+    }
+    static std::mutex mutex;
+    static std::weak_ptr<Memory> current;
+    static size_t used = 0;
+    std::lock_guard lock(mutex);
+    std::shared_ptr<Memory> chunk = current.lock();
+    if (!chunk || used + bytes > kChunk) {
+        chunk = std::make_shared<Memory>(kChunk);
+        current = chunk;
+        used = 0;
+    }
+    Piece piece{chunk, chunk->data() + used, bytes};
+    used += (bytes + kAlign - 1) / kAlign * kAlign;
+    return piece;
+}
 
 }  // namespace pronk
