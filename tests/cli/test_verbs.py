@@ -167,6 +167,15 @@ def test_llama_terms_are_shown_on_first_use_only(tiny: str, tmp_path: Path, pron
     assert "licensed" not in pronk("generate", path, "a", "--max-tokens", "1").err
 
 
+def test_a_file_may_say_itself_that_it_is_llama(
+    tiny: str, pronk: Pronk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name says nothing, its metadata does."""
+    said = {**LLM(tiny).metadata, "general.name": "Llama 3.2 1B Instruct"}
+    monkeypatch.setattr(LLM, "metadata", said)
+    assert pronk("generate", tiny, "a", "--max-tokens", "1").err.startswith("Built with Llama\n")
+
+
 def test_generate(tiny: str, pronk: Pronk) -> None:
     expected = LLM(tiny).generate("some text", max_tokens=5)
     ran = pronk("generate", tiny, "some text", "--max-tokens", "5")

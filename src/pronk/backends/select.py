@@ -22,7 +22,16 @@ def select_backend(name: str = "auto") -> ModuleType:
                     " reinstall with a C++ compiler or choose 'reference'"
                 ) from None
         else:
+            _check_isa(cpu)
             return cpu
     from pronk.backends import reference
 
     return reference
+
+
+def _check_isa(cpu: ModuleType) -> None:
+    """The first question to the core makes it choose its instruction set."""
+    try:
+        cpu.isa()
+    except RuntimeError as error:  # PRONK_ISA names one that is unknown or not there
+        raise UserError(str(error)) from None

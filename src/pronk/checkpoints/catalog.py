@@ -7,6 +7,7 @@ A table and look-ups in it. Nothing here touches the network or reads a model fi
 import difflib
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +94,13 @@ def licence_by_name(*names: str) -> Licence | None:
             minor = match["minor"] or {"8": "1", "1": "2"}[match["guard"]]
             return LLAMA_LICENCES[f"3.{minor}"]
     return None
+
+
+def licence_of(ref: "ModelRef", metadata: Mapping[str, object]) -> Licence | None:
+    """The licence of a model on disk: by what it was asked for as, else by what its file says."""
+    keys = ("general.license", "general.name", "general.basename", "_name_or_path")
+    told = [value for key in keys if isinstance(value := metadata.get(key), str)]
+    return ref.licence or licence_by_name(*told)
 
 
 @dataclass(frozen=True, slots=True)

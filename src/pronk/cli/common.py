@@ -206,7 +206,7 @@ def _bundle(
 
 def load_model(model: str, options: LoadOptions, *, ctx: int | None) -> "LLM":
     """Loads a model for a verb: progress on stderr, and the licence terms on first use."""
-    from pronk.checkpoints.catalog import resolve_model
+    from pronk.checkpoints.catalog import licence_of, resolve_model
     from pronk.engine.llm import LLM
 
     with Reporter() as progress:
@@ -218,7 +218,7 @@ def load_model(model: str, options: LoadOptions, *, ctx: int | None) -> "LLM":
             kv_dtype=options.kv_dtype,
             progress=progress,
         )
-    show_terms_once(resolve_model(model).licence)
+    show_terms_once(licence_of(resolve_model(model), llm.metadata))
     return llm
 
 

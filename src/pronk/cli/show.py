@@ -77,11 +77,9 @@ def _catalog_facts(ref: "ModelRef") -> dict[str, Any]:
 
 def _licence(ref: "ModelRef", checkpoint: "Checkpoint") -> tuple["Licence | None", str | None]:
     """The licence as far as Pronk knows it, and its id as far as the file tells."""
-    from pronk.checkpoints.catalog import licence_by_name
+    from pronk.checkpoints.catalog import licence_of
 
-    keys = ("general.license", "general.name", "general.basename", "_name_or_path")
-    told = [value for key in keys if isinstance(value := checkpoint.metadata.get(key), str)]
-    licence = ref.licence or licence_by_name(*told)
+    licence = licence_of(ref, checkpoint.metadata)
     stated = checkpoint.metadata.get("general.license")
     return licence, licence.id if licence else stated if isinstance(stated, str) else None
 

@@ -131,6 +131,11 @@ class LLM:
         return fit(need, ctx, kv_dtype, free_memory())
 
     @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the checkpoint says of itself: a GGUF's keys, config.json or params.json."""
+        return self._checkpoint.metadata
+
+    @property
     def chat_format(self) -> "ChatFormat | None":
         """How this model's chats are written; None for a base model."""
         if not self._chat_format:
