@@ -36,21 +36,26 @@ std::vector<Tile> list_tiles(const KvLayer& kv, const BatchView& batch, int64_t 
     return tiles;
 }
 
+// Floats of the partial sums of n vectors, and the places of them in memory.
+int64_t partial_size(const KvLayer& kv, int64_t n) { return n * (2 + kv.padded_dim); }
+Partial partial_at(float* memory, int64_t n) { return {memory, memory + n, memory + 2 * n}; }
+
 // Working memory of one thread: scaled queries and two partial sums.
 struct Scratch {
-    std::vector<float> q, memory;
-    int64_t one;
+    std::vector<float> q, total, part;
 
-    explicit Scratch(const KvLayer& kv)
-        : q(kTileVectors * kv.head_dim), memory(2 * partial_size(kv)), one(partial_size(kv)) {}
-    Partial total() { return partial_at(memory.data()); }
-    Partial part() { return partial_at(memory.data() + one); }
-
-    static int64_t partial_size(const KvLayer& kv) { return kTileVectors * (2 + kv.padded_dim); }
-    static Partial partial_at(float* memory) {
-        return {memory, memory + kTileVectors, memory + 2 * kTileVectors};
+    void reserve(const KvLayer& kv) {
+        q.resize(kTileVectors * kv.head_dim);
+        total.resize(partial_size(kv, kTileVectors));
+        part.resize(partial_size(kv, kTileVectors));
     }
 };
+
+Scratch& thread_scratch(const KvLayer& kv) {
+    thread_local Scratch scratch;
+    scratch.reserve(kv);
+    return scratch;
+}
 
 QueryTile load_tile(const KvLayer& kv, const BatchView& batch, const Tile& tile, RowsView q, float* scaled) {
     const float scale = 1.0f / std::sqrt(float(kv.head_dim));
@@ -87,7 +92,7 @@ void write_out(const KvLayer& kv, const Tile& tile, int64_t query_heads, const P
 }
 
 void store_rows(const KvLayer& kv, const BatchView& batch, RowsView k, RowsView v) {
-    const auto one = [&](int64_t seq_head, int) {
+    const auto one = [&](int64_t seq_head) {
         const int64_t s = seq_head / kv.heads, g = seq_head % kv.heads;
         for (int64_t t = batch.starts[s]; t < batch.starts[s + 1]; ++t) {
             const int64_t position = batch.positions[t];
@@ -98,7 +103,7 @@ void store_rows(const KvLayer& kv, const BatchView& batch, RowsView k, RowsView 
     };
     const int64_t tasks = batch.n_seqs * kv.heads;
     if (batch.starts[batch.n_seqs] < 16) {  // less work than waking a thread
-        for (int64_t i = 0; i < tasks; ++i) one(i, 0);
+        for (int64_t i = 0; i < tasks; ++i) one(i);
     } else {
         parallel_for(tasks, one);
     }
@@ -107,40 +112,49 @@ void store_rows(const KvLayer& kv, const BatchView& batch, RowsView k, RowsView 
 // One task a tile; the thread walks its partitions.
 void attend_by_tile(const KvLayer& kv, const BatchView& batch, const std::vector<Tile>& tiles, int64_t query_heads,
                     RowsView q, float* o) {
-    std::vector<Scratch> scratch(get_threads(), Scratch(kv));
-    parallel_for(int64_t(tiles.size()), [&](int64_t i, int thread) {
+    parallel_for(int64_t(tiles.size()), [&](int64_t i) {
         // the last tiles of a long prompt are the longest: they go first
         const Tile& tile = tiles[tiles.size() - 1 - i];
-        Scratch& s = scratch[thread];
-        const QueryTile query = load_tile(kv, batch, tile, q, s.q.data());
-        clear(tile, kv, s.total());
+        const int64_t n = tile.rows * tile.group;
+        Scratch& scratch = thread_scratch(kv);
+        const QueryTile query = load_tile(kv, batch, tile, q, scratch.q.data());
+        const Partial total = partial_at(scratch.total.data(), n), part = partial_at(scratch.part.data(), n);
+        clear(tile, kv, total);
         for (int64_t p = 0; p < tile.partitions; ++p) {
-            attend_one(kv, query, p, s.part());
-            kernels().merge(tile.rows * tile.group, kv.padded_dim, s.total(), s.part());
+            attend_one(kv, query, p, part);
+            kernels().merge(n, kv.padded_dim, total, part);
         }
-        write_out(kv, tile, query_heads, s.total(), o);
+        write_out(kv, tile, query_heads, total, o);
     });
 }
 
 // One task a partition, for few tiles over a long context; merged afterwards.
 void attend_by_partition(const KvLayer& kv, const BatchView& batch, const std::vector<Tile>& tiles,
                          int64_t query_heads, RowsView q, float* o) {
-    std::vector<std::pair<int64_t, int64_t>> tasks;
+    struct Part {
+        int64_t tile, partition, at;  // where its sums begin
+    };
+    std::vector<Part> tasks;
+    int64_t floats = 0;
     for (int64_t i = 0; i < int64_t(tiles.size()); ++i)
-        for (int64_t p = 0; p < tiles[i].partitions; ++p) tasks.emplace_back(i, p);
-    const int64_t one = Scratch::partial_size(kv), q_size = kTileVectors * kv.head_dim;
-    std::vector<float> parts(tasks.size() * one), scaled(get_threads() * q_size);
-    parallel_for(int64_t(tasks.size()), [&](int64_t i, int thread) {
-        const Tile& tile = tiles[tasks[i].first];
-        const QueryTile query = load_tile(kv, batch, tile, q, scaled.data() + thread * q_size);
-        attend_one(kv, query, tasks[i].second, Scratch::partial_at(parts.data() + i * one));
+        for (int64_t p = 0; p < tiles[i].partitions; ++p) {
+            tasks.push_back({i, p, floats});
+            floats += partial_size(kv, tiles[i].rows * tiles[i].group);
+        }
+    std::vector<float> parts(floats);
+    parallel_for(int64_t(tasks.size()), [&](int64_t i) {
+        const Tile& tile = tiles[tasks[i].tile];
+        const QueryTile query = load_tile(kv, batch, tile, q, thread_scratch(kv).q.data());
+        attend_one(kv, query, tasks[i].partition, partial_at(parts.data() + tasks[i].at, tile.rows * tile.group));
     });
-    Scratch total(kv);
-    for (size_t i = 0; i < tasks.size(); ++i) {
-        const Tile& tile = tiles[tasks[i].first];
-        if (tasks[i].second == 0) clear(tile, kv, total.total());
-        kernels().merge(tile.rows * tile.group, kv.padded_dim, total.total(), Scratch::partial_at(parts.data() + i * one));
-        if (tasks[i].second + 1 == tile.partitions) write_out(kv, tile, query_heads, total.total(), o);
+    Scratch& scratch = thread_scratch(kv);
+    for (const Part& part : tasks) {
+        const Tile& tile = tiles[part.tile];
+        const int64_t n = tile.rows * tile.group;
+        const Partial total = partial_at(scratch.total.data(), n);
+        if (part.partition == 0) clear(tile, kv, total);
+        kernels().merge(n, kv.padded_dim, total, partial_at(parts.data() + part.at, n));
+        if (part.partition + 1 == tile.partitions) write_out(kv, tile, query_heads, total, o);
     }
 }
 
@@ -152,7 +166,9 @@ void attention(const KvLayer& kv, const BatchView& batch, int64_t query_heads, R
     const std::vector<Tile> tiles = list_tiles(kv, batch, query_heads);
     int64_t partitions = 0;
     for (const Tile& tile : tiles) partitions = std::max(partitions, tile.partitions);
-    if (partitions > 1 && int64_t(tiles.size()) < 8 * get_threads())
+    // many rows over a long context keep all threads busy as tiles, and need no memory for parts
+    const bool few = int64_t(tiles.size()) < 8 * get_threads() && batch.starts[batch.n_seqs] <= 64;
+    if (partitions > 1 && few)
         attend_by_partition(kv, batch, tiles, query_heads, q, o);
     else
         attend_by_tile(kv, batch, tiles, query_heads, q, o);

@@ -27,14 +27,20 @@ struct Stored<KvType::F32> {
     static PRONK_INLINE vf read(const float* p) { return load_f32(p); }
     static void write(const float* x, int64_t n, float* to) { std::memcpy(to, x, n * sizeof(float)); }
 };
+// The largest float16 instead of infinity: a masked position's weight is 0, and 0 * infinity is not.
+PRONK_INLINE vf clamp_f16(vf x) {
+    x = x > 65504.0f ? splat(65504.0f) : x;
+    return x < -65504.0f ? splat(-65504.0f) : x;
+}
+
 template <>
 struct Stored<KvType::F16> {
     using type = uint16_t;
     static PRONK_INLINE vf read(const uint16_t* p) { return load_f16(p); }
     static void write(const float* x, int64_t n, uint16_t* to) {
         int64_t d = 0;
-        for (; d + W <= n; d += W) store_f16(to + d, load_f32(x + d));
-        for (; d < n; ++d) to[d] = f32_to_f16(x[d]);
+        for (; d + W <= n; d += W) store_f16(to + d, clamp_f16(load_f32(x + d)));
+        for (; d < n; ++d) to[d] = f32_to_f16(clamp_f16(splat(x[d]))[0]);
     }
 };
 template <>
@@ -202,14 +208,14 @@ void store_float_value(const KvLayer& kv, int64_t block, int64_t g, int64_t at, 
 
 // int8 code of each of n floats at `to[i * step]`; returns the scale (largest magnitude / 127)
 float store_codes(const float* x, int64_t n, int8_t* to, int64_t step) {
-    float peak = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        const float magnitude = __builtin_fabsf(x[i]);
-        peak = magnitude > peak ? magnitude : peak;
+    float padded[kMaxHeadDim] = {};
+    std::memcpy(padded, x, n * sizeof(float));
+    const Rounding rounding = rounding_of(padded, (n + W - 1) / W * W, 127.0f);
+    for (int64_t i = 0; i < n; i += W) {
+        const vi q = round_to_int(padded + i, rounding);
+        for (int lane = 0; lane < W && i + lane < n; ++lane) to[(i + lane) * step] = int8_t(q[lane]);
     }
-    const float inverse = peak > 0 ? 127.0f / peak : 0.0f;
-    for (int64_t i = 0; i < n; ++i) to[i * step] = int8_t(float_to_bits(x[i] * inverse + 12582912.0f) - 0x4b400000);
-    return peak * (1.0f / 127.0f);
+    return rounding.scale;
 }
 
 }  // namespace

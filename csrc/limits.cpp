@@ -1,6 +1,7 @@
 // What this machine can do at best, measured now: the yardsticks of `pronk bench`.
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <chrono>
 
 #include "memory.h"
@@ -24,7 +25,7 @@ double best_rate(int threads, double seconds, F&& body) {
     do {
         std::vector<int64_t> amounts(threads);
         const double start = now();
-        parallel_for(threads, [&](int64_t task, int) { amounts[task] = body(task); });
+        parallel_for(threads, [&](int64_t task) { amounts[task] = body(task); });
         const double elapsed = now() - start;
         int64_t total = 0;
         for (int64_t amount : amounts) total += amount;
@@ -37,16 +38,17 @@ double best_rate(int threads, double seconds, F&& body) {
 }  // namespace
 
 double measure_bandwidth(int threads, double seconds) {
-    constexpr size_t kBytes = size_t(256) << 20;  // a thread; far beyond any cache
-    Memory memory(kBytes * threads);
+    // all threads together 512 MB, or 32 MB each: far beyond any cache
+    const size_t share = std::max((size_t(512) << 20) / threads, size_t(32) << 20) / 4096 * 4096;
+    Memory memory(share * threads);
     const int before = get_threads();
     set_threads(threads);
-    parallel_for(threads, [&](int64_t task, int) {
-        for (size_t i = 0; i < kBytes; i += 4096) memory.data()[task * kBytes + i] = uint8_t(i);
+    parallel_for(threads, [&](int64_t task) {
+        for (size_t i = 0; i < share; i += 4096) memory.data()[task * share + i] = uint8_t(i);
     });
     set_threads(before);
     return best_rate(threads, seconds,
-                     [&](int64_t task) { return kernels().read_burst(memory.data() + task * kBytes, kBytes); });
+                     [&](int64_t task) { return kernels().read_burst(memory.data() + task * share, share); });
 }
 
 double measure_int8(int threads, double seconds) {

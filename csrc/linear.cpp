@@ -13,7 +13,7 @@ constexpr int64_t kMaxRows = 512;  // rows of one pass: bounds the scratch
 // Kept by the calling thread from one call to the next.
 struct Buffers {
     std::vector<int8_t> high, low;
-    std::vector<float> scales, fsums, scratch;
+    std::vector<float> scales, fsums;
     std::vector<int32_t> sums;
 };
 
@@ -25,13 +25,13 @@ QuantizedRows quantize(const float* x, int64_t rows, int64_t k, bool precise, Bu
     buffers.sums.resize(rows * blocks * 2);
     buffers.fsums.resize(rows * blocks * 2);
     int8_t* low = precise ? buffers.low.data() : nullptr;
-    const auto one = [&](int64_t t, int) {
+    const auto one = [&](int64_t t) {
         kernels().quantize_row(x + t * k, k, buffers.high.data() + t * k, low ? low + t * k : nullptr,
                                buffers.scales.data() + t * blocks, buffers.sums.data() + t * blocks * 2,
                                buffers.fsums.data() + t * blocks * 2);
     };
     if (rows < 8) {  // less work than waking a thread
-        for (int64_t t = 0; t < rows; ++t) one(t, 0);
+        for (int64_t t = 0; t < rows; ++t) one(t);
     } else {
         parallel_for(rows, one);
     }
@@ -44,14 +44,17 @@ struct Task {
     int64_t first_row;     // of the segment
 };
 
-void run_task(const Weight& weight, const Task& task, const LinearInputs& in, float* scratch, float* y) {
+void run_task(const Weight& weight, const Task& task, const LinearInputs& in, float* y) {
+    thread_local std::vector<float> scratch;
     const int group = kernels().group_rows;
+    if (scratch.size() < size_t(in.rows * group)) scratch.resize(in.rows * group);
     const Segment& segment = *task.segment;
     const int64_t outputs = std::min<int64_t>(group, segment.rows - task.first_row);
     const uint8_t* panel = segment.panels + task.first_row / kPanel * panel_bytes(segment.pack, weight.k);
-    kernels().linear_group(segment.pack, in, panel, int((outputs + kPanel - 1) / kPanel), scratch);
+    kernels().linear_group(segment.pack, in, panel, int((outputs + kPanel - 1) / kPanel),
+                           scratch.data());
     for (int64_t t = 0; t < in.rows; ++t)
-        std::memcpy(y + t * weight.rows + task.first_output, scratch + t * group, outputs * sizeof(float));
+        std::memcpy(y + t * weight.rows + task.first_output, scratch.data() + t * group, outputs * sizeof(float));
 }
 
 std::vector<Task> list_tasks(const Weight& weight) {
@@ -73,14 +76,11 @@ void linear_pass(const Weight& weight, int64_t rows, const float* x, float* y) {
     if (any_quantized) in.quantized = quantize(x, rows, weight.k, weight.precise, buffers);
     const std::vector<Task> tasks = list_tasks(weight);
     // a few claims for each thread: enough to even out, few enough not to contend
-    const int64_t n = int64_t(tasks.size()), threads = get_threads();
-    const int64_t per_claim = std::max<int64_t>(1, n / (threads * 16));
-    const int64_t scratch_size = rows * kernels().group_rows;
-    buffers.scratch.resize(threads * scratch_size);
-    float* scratch = buffers.scratch.data();
-    parallel_for((n + per_claim - 1) / per_claim, [&](int64_t claim, int thread) {
+    const int64_t n = int64_t(tasks.size());
+    const int64_t per_claim = std::max<int64_t>(1, n / (get_threads() * 16));
+    parallel_for((n + per_claim - 1) / per_claim, [&](int64_t claim) {
         for (int64_t i = claim * per_claim; i < std::min(n, (claim + 1) * per_claim); ++i)
-            run_task(weight, tasks[i], in, scratch + thread * scratch_size, y);
+            run_task(weight, tasks[i], in, y);
     });
 }
 

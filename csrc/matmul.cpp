@@ -406,18 +406,12 @@ void linear_group(Pack pack, const LinearInputs& in, const uint8_t* panel, int p
 void quantize_row(const float* x, int64_t k, int8_t* high, int8_t* low, float* scales, int32_t* sums, float* fsums) {
     const float levels = low ? 127.0f * 256.0f : 127.0f;
     for (int64_t b = 0; b < k / kBlock; ++b) {
-        vf largest{};
-        for (int i = 0; i < kBlock; i += W) {
-            const vf v = load_f32(x + b * kBlock + i);
-            largest = max(largest, max(v, -v));
-        }
-        const float peak = max_lanes(largest);
-        scales[b] = peak / levels;
-        const vf inverse = splat(peak > 0 ? levels / peak : 0.0f), magic = splat(12582912.0f);
+        const Rounding rounding = rounding_of(x + b * kBlock, kBlock, levels);
+        scales[b] = rounding.scale;
         for (int half = 0; half < 2; ++half) {
             vi sum{};
             for (int64_t i = b * kBlock + half * 16; i < b * kBlock + half * 16 + 16; i += W) {
-                const vi q = reinterpret_cast<vi>(load_f32(x + i) * inverse + magic) - 0x4b400000;
+                const vi q = round_to_int(x + i, rounding);
                 const vi top = low ? (q + 128) >> 8 : q;
                 store(high + i, __builtin_convertvector(top, vc));
                 if (low) store(low + i, __builtin_convertvector(q - (top << 8), vc));

@@ -345,7 +345,7 @@ void dequantize_row(Kind kind, const uint8_t* row, int64_t k, float* out) {
 
 void pack_rows(Kind kind, const uint8_t* data, int64_t row_bytes, int64_t rows, int64_t k, uint8_t* out) {
     const size_t stride = panel_bytes(kind_info(int(kind)).pack, k);
-    parallel_for((rows + kPanel - 1) / kPanel, [&](int64_t p, int) {
+    parallel_for((rows + kPanel - 1) / kPanel, [&](int64_t p) {
         for (int r = 0; r < kPanel && p * kPanel + r < rows; ++r)
             pack_row(kind, data + (p * kPanel + r) * row_bytes, k, r, out + p * stride);
     });

@@ -16,7 +16,7 @@ void for_rows(int64_t rows, int64_t numbers_per_row, F&& body) {
         return;
     }
     const int64_t per_task = std::max<int64_t>(1, kWorthThreads / 4 / numbers_per_row);
-    parallel_for((rows + per_task - 1) / per_task, [&](int64_t task, int) {
+    parallel_for((rows + per_task - 1) / per_task, [&](int64_t task) {
         for (int64_t t = task * per_task; t < std::min(rows, (task + 1) * per_task); ++t) body(t);
     });
 }

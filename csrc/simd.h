@@ -146,6 +146,36 @@ PRONK_INLINE vi dot4_of(vi acc, vb codes, int32_t a) {
 PRONK_INLINE vb shift_right(vb v, int n) { return reinterpret_cast<vb>(reinterpret_cast<vs>(v) >> n); }
 PRONK_INLINE vb shift_left(vb v, int n) { return reinterpret_cast<vb>(reinterpret_cast<vs>(v) << n); }
 
+// How a run of floats becomes integers of `levels` steps each side of zero.
+struct Rounding {
+    float inverse, scale;
+    bool zero;  // all integers are 0: the run is, or its scale is not a number
+};
+
+// Scale of the n floats at x (n a multiple of W). A NaN or an infinity among them makes the scale
+// NaN, so that it reaches every sum; what is smaller than any activation counts as zero, because
+// its inverse would overflow.
+PRONK_INLINE Rounding rounding_of(const float* x, int64_t n, float levels) {
+    vi largest{};
+    for (int64_t i = 0; i < n; i += W) {
+        const vi bits = load<vi>(x + i) & 0x7fffffff;  // ordered as the magnitudes are, NaN last
+        largest = bits > largest ? bits : largest;
+    }
+    int32_t lanes[W], top = 0;
+    store(lanes, largest);
+    for (int i = 0; i < W; ++i) top = lanes[i] > top ? lanes[i] : top;
+    const float peak = bits_to_float(uint32_t(top));
+    if (top >= 0x7f800000) return {0.0f, __builtin_nanf(""), true};
+    if (peak < 1e-30f) return {0.0f, 0.0f, true};
+    return {levels / peak, peak / levels, false};
+}
+
+// W floats as integers, rounded to nearest even.
+PRONK_INLINE vi round_to_int(const float* x, const Rounding& rounding) {
+    if (rounding.zero) return vi{};
+    return reinterpret_cast<vi>(load_f32(x) * rounding.inverse + splat(12582912.0f)) - 0x4b400000;
+}
+
 // exp(x), 0 below -87.3 and exp(88) above 88; about 1 unit in the last place (Cody-Waite reduction and the
 // degree-6 minimax polynomial of Cephes' expf). NaN stays NaN.
 PRONK_INLINE vf exp(vf x) {

@@ -6,6 +6,9 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
+#include <fstream>
+#include <limits>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -42,7 +45,7 @@ class Pool {
     void run(int64_t n, TaskFn fn, void* context) {
         if (n <= 0) return;
         if (n == 1 || threads() == 1) {
-            for (int64_t task = 0; task < n; ++task) fn(context, task, 0);
+            for (int64_t task = 0; task < n; ++task) fn(context, task);
             return;
         }
         std::lock_guard lock(region_);
@@ -55,7 +58,7 @@ class Pool {
             wake_.fetch_add(1, std::memory_order_seq_cst);
             wake_.notify_all();
         }
-        while (run_one(0)) {
+        while (run_one()) {
         }
         while (done_.value.load(std::memory_order_acquire) != uint64_t(n)) relax();
     }
@@ -63,19 +66,19 @@ class Pool {
   private:
     static bool open(uint64_t claim) { return uint32_t(claim) < claim >> 32; }
 
-    bool run_one(int thread) {
+    bool run_one() {
         // look first: a blind fetch_add by idle threads would run the counter up
         if (!open(claim_.value.load(std::memory_order_acquire))) return false;
         const uint64_t claim = claim_.value.fetch_add(1, std::memory_order_acq_rel);
         if (!open(claim)) return false;
-        fn_(context_, int64_t(uint32_t(claim)), thread);
+        fn_(context_, int64_t(uint32_t(claim)));
         done_.value.fetch_add(1, std::memory_order_release);
         return true;
     }
 
     void work(int index) {
         for (;;) {
-            if (index < threads() && run_one(index)) continue;
+            if (index < threads() && run_one()) continue;
             const auto until = std::chrono::steady_clock::now() + kSpin;
             bool found = false;
             do {
@@ -124,6 +127,15 @@ class Pool {
     int workers_ = 0;  // started so far; the caller is thread 0 and not among them
 };
 
+// Processors' worth of time that a container's control group grants; without a limit, very many.
+int quota() {
+    double limit = -1, period = 0;
+    if (std::ifstream v2("/sys/fs/cgroup/cpu.max"); v2 >> limit >> period) return int(std::ceil(limit / period));
+    std::ifstream v1("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), v1_period("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+    if (v1 >> limit && v1_period >> period && limit > 0) return int(std::ceil(limit / period));
+    return std::numeric_limits<int>::max();  // no such file, or the word "max"
+}
+
 // Never destroyed: detached threads outlive static destructors. A forked child has none of the
 // threads, so it gets a pool of its own.
 std::atomic<Pool*> pool{nullptr};
@@ -146,8 +158,9 @@ Pool& the_pool() {
 
 int hardware_threads() {
     cpu_set_t allowed;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
-    return std::max(1u, std::thread::hardware_concurrency());
+    int n = int(std::max(1u, std::thread::hardware_concurrency()));
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) n = CPU_COUNT(&allowed);
+    return std::max(1, std::min(n, quota()));
 }
 
 void set_threads(int n) { the_pool().set_threads(std::max(1, n)); }

@@ -88,17 +88,95 @@ def test_embedding_rows_are_the_dequantized_ones(kind: str) -> None:
     )
 
 
-def test_zero_and_outlier_activations() -> None:
-    """A row of zeros gives zeros; a huge outlier does not disturb other blocks' precision."""
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_1", "Q8_0", "MXFP4"])
+@pytest.mark.parametrize("inputs", [32, 96, 288, 544, 576])
+def test_blocks_that_do_not_fill_a_chunk(kind: str, inputs: int, threads: int) -> None:
+    rng = np.random.default_rng(16)
+    tensor = random_tensor(kind, 77, inputs, rng)
+    dense = dequantize(kind, tensor.data).astype(np.float64)
+    x_TD = rng.standard_normal((17, inputs)).astype(np.float32)
+    for precise, levels in ((False, 127), (True, 127 * 256)):
+        packed = cpu.make_weight([tensor], precise=precise)
+        want = rounded_activations(x_TD, levels).astype(np.float64) @ dense.T
+        for rows in range(1, 18):
+            assert relative_error(cpu.linear(x_TD[:rows], packed), want[:rows]) < 2e-6
+
+
+@pytest.mark.parametrize("precise", [False, True], ids=["int8", "int16"])
+def test_zero_and_outlier_activations(precise: bool) -> None:
+    """A row of zeros gives zeros; a huge outlier does not disturb the precision of other blocks."""
     rng = np.random.default_rng(5)
     tensor = random_tensor("Q4_0", 32, 256, rng)
-    x_TD = np.zeros((2, 256), np.float32)
-    x_TD[1] = rng.standard_normal(256)
-    x_TD[1, 7] = 3e4
-    y_TO = cpu.linear(x_TD, cpu.make_weight([tensor]))
-    assert not y_TO[0].any()
-    want = rounded_activations(x_TD, 127) @ dequantize("Q4_0", tensor.data).T
-    assert relative_error(y_TO, want) < 2e-6
+    packed = cpu.make_weight([tensor], precise=precise)
+    x_TD = rng.standard_normal((1, 256)).astype(np.float32)
+    assert not cpu.linear(np.zeros_like(x_TD), packed).any()
+    x_TD[0, :32] = 0
+    quiet = cpu.linear(x_TD, packed)
+    x_TD[0, 7] = 3e4
+    outlier = dequantize("Q4_0", tensor.data)[:, 7] * np.float32(3e4)
+    np.testing.assert_allclose(
+        cpu.linear(x_TD, packed)[0] - outlier, quiet[0], atol=2e-3, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("precise", [False, True], ids=["int8", "int16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_damage_in_activations_is_not_hidden(value: float, precise: bool) -> None:
+    rng = np.random.default_rng(17)
+    for kind in ("Q4_0", "Q4_1", "Q6_K", "Q2_K"):
+        packed = cpu.make_weight([random_tensor(kind, 20, 256, rng)], precise=precise)
+        x_TD = rng.standard_normal((5, 256)).astype(np.float32)
+        x_TD[2, 100] = value
+        y_TO = cpu.linear(x_TD, packed)
+        assert np.isnan(y_TO[2]).all(), kind
+        assert np.isfinite(np.delete(y_TO, 2, axis=0)).all(), kind
+
+
+@pytest.mark.parametrize("precise", [False, True], ids=["int8", "int16"])
+@pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-36, 1e-31, 1e-29])
+def test_activations_near_the_smallest_float(size: float, precise: bool) -> None:
+    rng = np.random.default_rng(18)
+    tensor = random_tensor("Q8_0", 16, 64, rng)
+    y_TO = cpu.linear(
+        np.full((1, 64), size, np.float32), cpu.make_weight([tensor], precise=precise)
+    )
+    want = dequantize("Q8_0", tensor.data).sum(axis=1) * size
+    np.testing.assert_allclose(y_TO[0], want, atol=2e-28, rtol=1e-4)
+
+
+def test_row_ops_do_not_depend_on_threads() -> None:
+    """Big enough that threads take part: the same bits as with one."""
+    rng = np.random.default_rng(19)
+    x, residual = rng.standard_normal((2, 130, 1000)).astype(np.float32)
+    w, cos_sin = rng.standard_normal(1000).astype(np.float32), rng.standard_normal((130, 50, 2))
+    positions = np.arange(130, dtype=np.int32)
+
+    def everything() -> list[F32]:
+        heads = x.reshape(130, 10, 100).copy()
+        q, k = cpu.rope(heads, heads[:, :2].copy(), cos_sin.astype(np.float32), positions)
+        return [cpu.rms_norm(x, w, 1e-5), *cpu.rms_norm(x, w, 1e-5, residual), cpu.swiglu(x), q, k]
+
+    cpu.set_threads(1)
+    want = everything()
+    for n in (2, 3):
+        cpu.set_threads(n)
+        for got, expected in zip(everything(), want, strict=True):
+            np.testing.assert_array_equal(got, expected)
+    cpu.set_threads(1)
+
+
+def test_thread_counts_may_change_between_ops() -> None:
+    """Two engines with different numbers of threads take turns: late threads of the larger one
+    must not write where the smaller one has no room."""
+    rng = np.random.default_rng(20)
+    packed = cpu.make_weight([random_tensor("Q4_0", 640, 64, rng)])
+    x_TD = rng.standard_normal((2, 64)).astype(np.float32)
+    want = cpu.linear(x_TD, packed)
+    for _ in range(3000):
+        for n in (6, 2):
+            cpu.set_threads(n)
+            np.testing.assert_array_equal(cpu.linear(x_TD, packed), want)
+    cpu.set_threads(1)
 
 
 @pytest.mark.parametrize("dim", [1, 15, 16, 17, 63, 64, 65, 576, 1000])
@@ -247,6 +325,21 @@ def test_reused_blocks_may_hold_infinities() -> None:
                   np.array([64], np.int32), dirty.blocks)  # fmt: skip
     cpu.attention(np.zeros((64, 2, 32), np.float32), full, full, dirty.caches["cpu"], batch)
     np.testing.assert_array_equal(dirty.whole("cpu")[0], want)
+
+
+@pytest.mark.parametrize("dtype", ["f16", "f32"])
+def test_a_value_too_large_for_float16_stays_in_its_row(dtype: KvDtype) -> None:
+    """Rows before it must not see it, alone or in one step with it; both backends saturate."""
+    config = config_of(2, 1, 32)
+    contexts = [Context(config, [20], dtype, seed=21) for _ in range(2)]
+    for context in contexts:
+        context.v[0][7] = 1e5
+        context.k[0][9] = -1e5
+    whole = contexts[0].whole("cpu")[0]
+    one_by_one = [contexts[1].step("cpu", [(i, i + 1)])[0] for i in range(20)]
+    np.testing.assert_array_equal(whole, np.concatenate(one_by_one))
+    assert np.isfinite(whole).all()
+    np.testing.assert_allclose(whole, contexts[0].whole("reference")[0], rtol=1e-4, atol=1e-3)
 
 
 def test_attention_without_a_cache_sees_each_sequence_alone() -> None:

@@ -17,7 +17,7 @@ from pronk.backends.reference import from_host, kv_bytes, sample, take_rows, to_
 from pronk.core.config import ModelConfig
 
 __all__ = [
-    "attention", "embed", "from_host", "hardware_threads", "isa", "kv_bytes", "linear",
+    "attention", "default_threads", "embed", "from_host", "isa", "kv_bytes", "linear",
     "make_kv", "make_table", "make_vector", "make_weight", "measure_bandwidth", "measure_int8",
     "name", "packed_bytes", "rms_norm", "rope", "sample", "set_threads", "swiglu", "take_rows",
     "to_host",
@@ -26,7 +26,7 @@ __all__ = [
 name = "cpu"
 
 isa = _cpu.isa
-hardware_threads = _cpu.hardware_threads
+default_threads = _cpu.hardware_threads
 set_threads = _cpu.set_threads
 measure_bandwidth = _cpu.measure_bandwidth
 measure_int8 = _cpu.measure_int8

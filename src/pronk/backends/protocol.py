@@ -159,6 +159,10 @@ class Ops(Protocol):
 
     def from_host(self, x: F32) -> Any: ...
 
+    def default_threads(self) -> int:
+        """Threads that use this machine well."""
+        ...
+
     def set_threads(self, n: int) -> None:
         """Threads of the steps that follow; results never depend on it."""
         ...

@@ -117,7 +117,9 @@ def quantize_int8(x: F32) -> tuple[npt.NDArray[np.int8], F32]:
 
 
 def _store(cache: npt.NDArray[Any], scales: F32 | None, slots_T: I32, x_TGK: F32) -> None:
-    if scales is None:
+    if cache.dtype == np.float16:
+        cache[slots_T] = np.clip(x_TGK, -65504, 65504)  # the largest float16 instead of infinity
+    elif scales is None:
         cache[slots_T] = x_TGK
     else:
         cache[slots_T], scales[slots_T] = quantize_int8(x_TGK)
@@ -182,6 +184,11 @@ def from_host(x: F32) -> F32:
     return x
 
 
+def default_threads() -> int:
+    """One: NumPy threads by itself where its BLAS does."""
+    return 1
+
+
 def set_threads(n: int) -> None:
     """NumPy's own threads are left as they are."""
     del n
@@ -200,10 +207,12 @@ def _sample_row(logits_V: F32, p: SampleParams, mask_V: npt.NDArray[np.bool_] | 
     if not np.isfinite(logits_V.max()):
         raise PronkError("the model computed logits that are not finite: its weights are damaged")
     scores_V = logits_V
-    if p.output_ids or p.prompt_ids or p.logit_bias:
+    if len(p.output_ids) or len(p.prompt_ids) or p.logit_bias:
         scores_V = _penalize(logits_V, p)
     if mask_V is not None:
         scores_V = np.where(mask_V, scores_V, np.float32(-np.inf))
+        if not mask_V.any():
+            raise PronkError("sampling: the mask allows no token at all")
     token = int(np.argmax(scores_V)) if p.temperature == 0 else _draw(scores_V, p)
     if p.top_logprobs < 0:
         return Sampled(token)
@@ -232,16 +241,21 @@ def _largest(x_V: npt.NDArray[np.floating[Any]], n: int) -> npt.NDArray[np.int64
     return candidates[np.argsort(-x_V[candidates], kind="stable")][:n]
 
 
+def _ids(ids: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Without going through Python integers where `ids` is an array."""
+    return np.asarray(ids).astype(np.int64)
+
+
 def _penalize(logits_V: F32, p: SampleParams) -> F32:
     """Repetition penalty (Keskar et al. 2019), OpenAI's presence and frequency penalties, bias."""
     scores_V = logits_V.copy()
     if p.repetition_penalty != 1.0:
-        seen = np.unique(np.asarray([*p.prompt_ids, *p.output_ids], dtype=np.int64))
+        seen = np.union1d(_ids(p.prompt_ids), _ids(p.output_ids))
         values = scores_V[seen]
         penalty = np.float32(p.repetition_penalty)
         scores_V[seen] = np.where(values > 0, values / penalty, values * penalty)
-    if p.output_ids and (p.presence_penalty or p.frequency_penalty):
-        ids, counts = np.unique(np.asarray(p.output_ids, dtype=np.int64), return_counts=True)
+    if len(p.output_ids) and (p.presence_penalty or p.frequency_penalty):
+        ids, counts = np.unique(_ids(p.output_ids), return_counts=True)
         scores_V[ids] -= (p.presence_penalty + p.frequency_penalty * counts).astype(np.float32)
     for token, bias in p.logit_bias:
         scores_V[token] += np.float32(bias)
@@ -255,12 +269,12 @@ def _draw(scores_V: F32, p: SampleParams) -> int:
     Hugging Face's warpers). Only as many tokens are sorted as the draw can reach.
     """
     uniform = np.random.Generator(np.random.Philox(key=p.seed, counter=p.draw)).random()
-    scaled_V = scores_V.astype(np.float64) / p.temperature
+    scaled_V = (scores_V.astype(np.float64) - float(scores_V.max())) / p.temperature
     tokens = np.arange(len(scaled_V))
     if 0 < p.top_k < len(scaled_V):
         tokens = _largest(scaled_V, p.top_k)
         scaled_V = scaled_V[tokens]
-    weights_V = np.exp(scaled_V - scaled_V.max())
+    weights_V = np.exp(scaled_V)
     total = weights_V.sum()
     n = 256
     while True:
@@ -283,4 +297,4 @@ def _draw(scores_V: F32, p: SampleParams) -> int:
     mass = probs[: max(keep, 1)]
     share = mass.sum() if p.top_p < 1.0 or p.min_p > 0.0 else 1.0
     index = int(np.searchsorted(np.cumsum(mass), uniform * share, side="right"))
-    return int(tokens[order[min(index, len(mass) - 1)]])
+    return int(tokens[order[min(index, np.count_nonzero(mass) - 1)]])
