@@ -17,8 +17,9 @@ def select_backend(name: str = "auto") -> ModuleType:
             from pronk.backends import cpu
         except ImportError as error:
             if name == "cpu":
+                why = "is not there" if "'_cpu'" in str(error) else f"cannot be loaded ({error})"
                 raise UserError(
-                    f"backend: 'cpu' needs the compiled core, which cannot be loaded ({error});"
+                    f"backend: 'cpu' needs the compiled core, which {why};"
                     " reinstall with a C++ compiler or choose 'reference'"
                 ) from None
         else:
