@@ -23,14 +23,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pronk.backends.formats import KINDS, dequantize
+from pronk.backends.protocol import U8
 from pronk.checkpoints.export import GgufWriter, TensorSpec
 from pronk.checkpoints.names import native_name, tensor_names, tensor_shape
 from pronk.core.config import ModelConfig, RopeScaling
 from pronk.core.errors import PronkError, UserError
 from pronk.core.progress import silent
 from pronk.model.rope import rope_frequencies
-
-U8 = npt.NDArray[np.uint8]
+from pronk.text.tokenizer_bpe import in_byte_alphabet
 
 _LLAMA = ModelConfig(
     dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, ffn_dim=14336,
@@ -84,13 +84,6 @@ class Vocabulary:
     n_special: int
 
 
-def byte_characters() -> list[str]:
-    """GPT-2's printable character for each byte."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return [chr(256 + others.index(b)) if b in others else chr(b) for b in range(256)]
-
-
 SPECIAL_TOKENS = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
     "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>",
@@ -110,7 +103,7 @@ def synthetic_vocabulary(size: int) -> Vocabulary:
     n_special = 256 if size >= 2048 else 16
     if not 256 + n_special <= size <= 400_000:
         raise UserError(f"--vocab: {size} tokens; from 272 to 400000 are possible")
-    base = byte_characters()
+    base = [in_byte_alphabet(bytes([byte])) for byte in range(256)]
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = (
         "".join(word)
@@ -131,17 +124,12 @@ def llama_vocabulary() -> Vocabulary:
     lines = (Path(spec.origin).parent / "llama3" / "tokenizer.model").read_bytes().splitlines()
     tokens = [base64.b64decode(line.split()[0]) for line in lines]
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    names = byte_characters()
-
-    def write(token: bytes) -> str:
-        return "".join(names[byte] for byte in token)
-
     merges = []
     for token in tokens:
         splits = [(token[:at], token[at:]) for at in range(1, len(token))]
         pairs = sorted((ranks[a], ranks[b]) for a, b in splits if a in ranks and b in ranks)
-        merges += [f"{write(tokens[a])} {write(tokens[b])}" for a, b in pairs]
-    return Vocabulary([write(t) for t in tokens] + special_tokens(256), merges, 256)
+        merges += [f"{in_byte_alphabet(tokens[a])} {in_byte_alphabet(tokens[b])}" for a, b in pairs]
+    return Vocabulary([*map(in_byte_alphabet, tokens), *special_tokens(256)], merges, 256)
 
 
 def metadata(config: ModelConfig, vocabulary: Vocabulary, name: str) -> dict[str, Any]:

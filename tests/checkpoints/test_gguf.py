@@ -108,6 +108,36 @@ def test_rope_divisors(tmp_path: Path) -> None:
         assert checkpoint.config.rope_divisors == (4.0,) * 4
 
 
+@pytest.mark.parametrize(
+    ("keys", "divisors"),
+    [
+        ({"scaling.factor": 4.0}, (4.0,) * 4),  # the type is linear unless it is said
+        ({"scale_linear": 2.0}, (2.0,) * 4),
+        ({"scaling.factor": 4.0, "scale_linear": 2.0}, (4.0,) * 4),
+        ({"scaling.type": "linear", "scale_linear": 2}, (2.0,) * 4),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, None),
+        ({"scaling.type": "linear"}, None),
+        ({"scaling.factor": 0.0}, None),
+        ({"scaling.factor": 1.0}, None),
+    ],
+)
+def test_linear_scaling(
+    tmp_path: Path, keys: dict[str, Any], divisors: tuple[float, ...] | None
+) -> None:
+    added = {f"llama.rope.{key}": value for key, value in keys.items()}
+    with open_checkpoint(write_gguf(tmp_path / "m.gguf", gguf_keys() | added)) as checkpoint:
+        assert checkpoint.config.rope_divisors == divisors
+
+
+@pytest.mark.parametrize("size", [1 << 17, 1 << 34, (1 << 63) - 2])
+def test_a_head_size_asks_for_no_memory(tmp_path: Path, size: int) -> None:
+    keys = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    sizes = {f"llama__{key.replace('.', '__')}": size for key in keys}
+    path = with_keys(tmp_path, llama__rope__scaling__factor=2.0, **sizes)
+    with refused(f"heads must have 1 to 65536 dimensions, .*key_length gives {size}", 1 << 17):
+        open_checkpoint(path)
+
+
 @pytest.mark.parametrize("values", [[1, 1, 0, 1], [1, np.nan, 1, 1], [1, -1, 1, 1]])
 def test_rope_divisors_must_be_positive(tmp_path: Path, values: list[float]) -> None:
     freqs = {"rope_freqs.weight": np.array(values, np.float32)}
@@ -156,10 +186,11 @@ def test_equal_counts_for_each_layer(tmp_path: Path) -> None:
         ({"llama__rope__dimension_count": 4}, "rope.dimension_count is 4, heads have 8"),
         ({"llama__rope__freq_base": float("nan")}, "rope.freq_base must be a finite number"),
         ({"llama__rope__scaling__type": "yarn"}, "scaling.type is 'yarn'; 'none' and 'linear'"),
-        ({"llama__rope__scaling__type": "linear"}, "llama.rope.scaling.factor is missing"),
+        ({"llama__rope__scaling__factor": "4"}, "scaling.factor must be a finite number"),
+        ({"llama__rope__scale_linear": -4.0}, "scale_linear must be at least 0, got -4.0"),
         (
             {"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": -1.0},
-            "scaling.factor must be above 0",
+            "scaling.factor must be at least 0, got -1.0",
         ),
         ({"llama__expert_count": 8}, "llama.expert_count is 8, which is not supported"),
         ({"llama__logit_scale": 2.0}, "llama.logit_scale is 2.0, which is not supported"),

@@ -1,5 +1,6 @@
 """Telling the formats apart, and what is said where there is no model."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,4 +86,34 @@ def test_a_folder_where_a_file_should_be(
     (folder / file).unlink()
     (folder / file).mkdir()
     with refused(f"{file}: cannot be read: Is a directory"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("write", "file"),
+    [
+        (write_hf, "config.json"), (write_hf, "model.safetensors"),
+        (write_meta, "params.json"), (write_meta, "consolidated.00.pth"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["fifo", "device", "endless"])
+def test_what_is_no_regular_file_is_not_read(
+    tmp_path: Path, write: Callable[[Path], Path], file: str, kind: str
+) -> None:
+    """A FIFO would wait for a writer, a device never end; a file of /proc says that it is empty."""
+    folder = write(tmp_path / "model")
+    (folder / file).unlink()
+    if kind == "fifo":
+        os.mkfifo(folder / file)
+    else:
+        (folder / file).symlink_to({"device": "/dev/zero", "endless": "/proc/self/status"}[kind])
+    said = "not a regular file" if kind != "endless" else "not JSON|is empty"
+    with refused(f"{file}: .*({said})"):
+        open_checkpoint(folder)
+
+
+def test_a_large_json_file_is_not_read(tmp_path: Path) -> None:
+    folder = write_hf(tmp_path / "model")
+    os.truncate(folder / "config.json", 1 << 40)
+    with refused(f"config.json: {1 << 40} bytes, at most {64 << 20} are allowed"):
         open_checkpoint(folder)

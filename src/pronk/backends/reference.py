@@ -297,4 +297,4 @@ def _draw(scores_V: F32, p: SampleParams) -> int:
     mass = probs[: max(keep, 1)]
     share = mass.sum() if p.top_p < 1.0 or p.min_p > 0.0 else 1.0
     index = int(np.searchsorted(np.cumsum(mass), uniform * share, side="right"))
-    return int(tokens[order[min(index, np.count_nonzero(mass) - 1)]])
+    return int(tokens[order[min(index, int(np.count_nonzero(mass)) - 1)]])

@@ -12,14 +12,14 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from pronk.checkpoints.catalog import ModelRef
-from pronk.core.errors import UserError
+from pronk.core.errors import CheckpointError, UserError
+from pronk.core.files import read_json
 from pronk.core.progress import Progress
 
 MANIFEST = "manifest.json"
@@ -29,11 +29,15 @@ def cache_root() -> Path:
     """Pronk's folder in the user's cache; `XDG_CACHE_HOME` is followed everywhere."""
     if os.path.isabs(base := os.environ.get("XDG_CACHE_HOME", "")):
         return Path(base) / "pronk"
+    try:
+        home = Path.home()
+    except RuntimeError:
+        raise UserError("this user has no home folder; set XDG_CACHE_HOME for models") from None
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "pronk"
+        return home / "Library" / "Caches" / "pronk"
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "pronk"
-    return Path.home() / ".cache" / "pronk"
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "pronk"
+    return home / ".cache" / "pronk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,8 @@ class CachedFile:
     """Absolute, or relative to the folder of the manifest."""
     nbytes: int
     mtime_ns: int
+    fetched: bool
+    """By `pull`; False of what another program had left in the hub's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +74,42 @@ def model_folder(ref: ModelRef) -> Path:
 
 def installed(ref: ModelRef) -> Installed | None:
     """The model as its manifest has it, or None where it is absent, incomplete or changed."""
+    return _if_complete(model_folder(ref))
+
+
+def recorded(ref: ModelRef) -> Installed | None:
+    """The model as its manifest has it, whatever has become of its files."""
     return _read_manifest(model_folder(ref))
 
 
 def installed_models() -> list[Installed]:
-    """All models that Pronk fetched and that are still complete, by name."""
-    manifests = sorted((cache_root() / "models").glob(f"*/{MANIFEST}"))
-    return [model for manifest in manifests if (model := _read_manifest(manifest.parent))]
+    """All models that have a manifest and are still complete, by name."""
+    try:
+        manifests = sorted((cache_root() / "models").glob(f"*/{MANIFEST}"))
+    except OSError:  # a cache that cannot be read holds no models
+        return []
+    return [model for manifest in manifests if (model := _if_complete(manifest.parent))]
 
 
-def record(ref: ModelRef, path: Path, source: str, licence: str, files: list[Path]) -> Installed:
-    """Writes the manifest of a model whose files are complete and verified."""
+def describe(
+    ref: ModelRef, path: Path, source: str, licence: str, files: Mapping[Path, bool]
+) -> Installed:
+    """A model whose files are complete and verified; of each is told whether `pull` fetched it."""
     folder = model_folder(ref)
-    folder.mkdir(parents=True, exist_ok=True)
     entries = tuple(
-        CachedFile(_inside(folder, file), stat.st_size, stat.st_mtime_ns)
-        for file in files
+        CachedFile(_inside(folder, file), stat.st_size, stat.st_mtime_ns, fetched)
+        for file, fetched in files.items()
         for stat in (file.stat(),)
     )
-    model = Installed(ref.name, path, source, licence, entries)
-    text = json.dumps(asdict(model) | {"path": _inside(folder, path)}, indent=1)
+    return Installed(ref.name, path, source, licence, entries)
+
+
+def record(ref: ModelRef, model: Installed) -> None:
+    """Writes the manifest of a model."""
+    folder = model_folder(ref)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(asdict(model) | {"path": _inside(folder, model.path)}, indent=1)
     write_atomically(folder / MANIFEST, text.encode())
-    return model
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -111,12 +131,19 @@ def _inside(folder: Path, path: Path) -> str:
 
 def _read_manifest(folder: Path) -> Installed | None:
     try:
-        fields: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+        fields = read_json(folder / MANIFEST)
         files = tuple(CachedFile(**file) for file in fields.pop("files"))
-        model = Installed(**fields | {"path": folder / fields["path"], "files": files})
-        complete = all(_unchanged(folder / file.path, file) for file in files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Installed(**fields | {"path": folder / fields["path"], "files": files})
+    except (CheckpointError, KeyError, TypeError):
         return None  # no manifest, or one that another program wrote: the same as no model
+
+
+def _if_complete(folder: Path) -> Installed | None:
+    model = _read_manifest(folder)
+    try:
+        complete = model and all(_unchanged(folder / file.path, file) for file in model.files)
+    except (OSError, ValueError, TypeError):  # a file is gone, or the manifest is strange
+        return None
     return model if complete else None
 
 

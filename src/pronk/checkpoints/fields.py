@@ -9,6 +9,9 @@ from pronk.core.errors import CheckpointError
 
 _T = TypeVar("_T", int, bool, str)
 
+_MAX_HEAD_DIM = 65_536
+"""Far above any model (128); keeps a damaged head size from asking for a table of gigabytes."""
+
 
 def brief(value: object) -> str:
     """A value out of a file, made safe for a one-line message."""
@@ -38,6 +41,15 @@ class Fields:
         if abs(value) >= 1 << 64:
             raise CheckpointError(f"{self.path}: {key} must be below 2^64, got {brief(value)}")
         return value
+
+    def head_dim(self, key: str, default: int | None = None) -> int:
+        """A head size that tables may be made for; ModelConfig says what else it must be."""
+        size = self.integer(key, default)
+        if not 1 <= size <= _MAX_HEAD_DIM:
+            raise CheckpointError(
+                f"{self.path}: heads must have 1 to {_MAX_HEAD_DIM} dimensions, {key} gives {size}"
+            )
+        return size
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number."""

@@ -329,15 +329,12 @@ def _refuse_variants(keys: _Keys) -> None:
 def _head_dim(keys: _Keys, dim: int, n_heads: int) -> int:
     """The head size, on which key_length, value_length and the rotary dimensions must agree."""
     key = "llama.attention.key_length"
-    if key in keys.values:
-        size = keys.integer(key)
-    elif n_heads > 0 and dim % n_heads == 0:
-        size = dim // n_heads
-    else:
+    if key not in keys.values and (n_heads < 1 or dim % n_heads):
         raise CheckpointError(
             f"{keys.path}: embedding_length {dim} is no multiple of head_count {n_heads},"
             f" and {key} is missing"
         )
+    size = keys.head_dim(key, dim // n_heads if n_heads > 0 else None)
     for other in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if keys.integer(other, size) != size:
             raise CheckpointError(
@@ -371,7 +368,9 @@ def _rope_divisors(keys: _Keys, freqs: _Tensor | None, head_dim: int) -> tuple[f
 
 
 def _linear_factor(keys: _Keys) -> float:
-    kind = keys.values.get("llama.rope.scaling.type", "none")
+    """The divisor of all positions. As in llama.cpp's load_hparams (src/llama-model.cpp), scaling
+    without a type is linear, its factor has an older key too, and none or 0 of it is 1."""
+    kind = keys.values.get("llama.rope.scaling.type", "linear")
     if kind == "none":
         return 1.0
     if kind != "linear":
@@ -379,7 +378,10 @@ def _linear_factor(keys: _Keys) -> float:
             f"{keys.path}: llama.rope.scaling.type is {brief(kind)}; 'none' and 'linear' are"
             " supported (Llama 3.1's scaling is the tensor rope_freqs.weight)"
         )
-    factor = keys.number("llama.rope.scaling.factor")
-    if factor <= 0:
-        raise CheckpointError(f"{keys.path}: llama.rope.scaling.factor must be above 0: {factor}")
-    return factor
+    key = "llama.rope.scaling.factor"
+    if key not in keys.values:
+        key = "llama.rope.scale_linear"
+    factor = keys.number(key, 0.0)
+    if factor < 0:
+        raise CheckpointError(f"{keys.path}: {key} must be at least 0, got {factor}")
+    return factor or 1.0

@@ -1,18 +1,16 @@
 """A read-only memory-mapped file, and words for what is wrong with one. No format knowledge."""
 
-import json
 import mmap
-from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
+from pronk.backends.protocol import U8
 from pronk.core.errors import CheckpointError
+from pronk.core.files import open_regular_file, read_json
 
-U8: TypeAlias = npt.NDArray[np.uint8]
+__all__ = ["MappedFile", "quoted", "read_json"]
 
 
 def quoted(text: str) -> str:
@@ -24,16 +22,16 @@ class MappedFile:
     """The bytes of a file. Callers check every range against `size` before they take it."""
 
     def __init__(self, path: Path) -> None:
-        """CheckpointError when the file cannot be opened or is empty."""
+        """CheckpointError when the file cannot be opened, is empty or no regular file."""
         self.path = path
-        try:
-            with path.open("rb") as file:
+        with open_regular_file(path) as file:
+            try:
                 # Length 0 means the whole file, and is refused for an empty one.
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:
-            raise CheckpointError(f"{path}: the file is empty") from None
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+            except ValueError:
+                raise CheckpointError(f"{path}: the file is empty") from None
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
         self.size = len(self._map)
         self._bytes: U8 = np.frombuffer(self._map, np.uint8)
 
@@ -68,36 +66,3 @@ class MappedFile:
             self._map.close()
         except BufferError:
             return
-
-
-def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
-    """The object in a JSON file of at most `limit` bytes, or CheckpointError."""
-    try:
-        size = path.stat().st_size
-        if size > limit:
-            raise CheckpointError(f"{path}: {size} bytes, at most {limit} are allowed")
-        text = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    return parse_json(text, path)
-
-
-def parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    """The JSON object in `text`; a name given twice is refused."""
-    try:
-        value = json.loads(text, object_pairs_hook=_unique)
-    except RecursionError:
-        raise CheckpointError(f"{path}: the JSON is nested too deeply") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: the JSON is no object but {type(value).__name__}")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"{quoted(counts.most_common(1)[0][0])} is given twice")
-    return result

@@ -16,11 +16,12 @@ import numpy as np
 from pronk.backends.protocol import U8
 from pronk.checkpoints.checkpoint import Checkpoint, Stored
 from pronk.checkpoints.fields import Fields
-from pronk.checkpoints.mapped import MappedFile, quoted, read_json
+from pronk.checkpoints.mapped import MappedFile, quoted
 from pronk.checkpoints.names import native_name
 from pronk.checkpoints.pth import PthTensor, read_pth
 from pronk.core.config import ModelConfig, RopeScaling
 from pronk.core.errors import CheckpointError
+from pronk.core.files import read_json
 
 _SPLIT_ROWS: Final = re.compile(
     r"(tok_embeddings|output|.*\.attention\.w[qkv]|.*\.feed_forward\.w[13])\.weight"

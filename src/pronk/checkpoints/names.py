@@ -7,14 +7,13 @@ This file is also the only place that knows the rotary permutation of Hugging Fa
 
 import re
 from collections.abc import Iterator
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from pronk.backends.protocol import U8
 from pronk.core.config import ModelConfig
 
-U8: TypeAlias = npt.NDArray[np.uint8]
 Format = Literal["gguf", "hf", "meta"]
 
 _TOP: Final[dict[str, dict[Format, str]]] = {

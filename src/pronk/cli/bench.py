@@ -95,7 +95,7 @@ def run_bench(model: str, plan: "Plan", load: LoadOptions, progress: "Progress")
     prefill = measure.measure_prefill(subject, plan, progress=progress)
     decode = measure.measure_decode(subject, plan, progress=progress)
     peak = _peak_memory()  # before the buffers that the bandwidth is measured with
-    limits = _limits(ops.name, load.threads, progress)
+    limits = _limits(ops.name, subject.threads, progress)
     return {
         "model": model,
         "parameters": subject.config.n_params,
@@ -106,7 +106,7 @@ def run_bench(model: str, plan: "Plan", load: LoadOptions, progress: "Progress")
         "batch": plan.batch,
         "repeat": plan.repeat,
         "backend": ops.name,
-        **_machine(ops.name, load.threads),
+        **_machine(ops.name, subject.threads),
         "bandwidth_bytes_per_s": limits.bandwidth if limits else None,
         "int8_macs_per_s": limits.int8 if limits else None,
         "prefill": _phase(prefill, measure.prefill_demand(subject, plan), limits),
@@ -125,7 +125,7 @@ def _phase(speed: "Speed", demand: "Demand", limits: "Limits | None") -> dict[st
     }
 
 
-def _limits(backend: str, threads: int | None, progress: "Progress") -> "Limits | None":
+def _limits(backend: str, threads: int, progress: "Progress") -> "Limits | None":
     """The machine's limits with as many threads; unknown without the compiled core."""
     if backend != "cpu":
         return None
@@ -133,16 +133,16 @@ def _limits(backend: str, threads: int | None, progress: "Progress") -> "Limits 
     from pronk.engine.bench import Limits
 
     progress(0, 0, "measuring the machine")
-    threads = threads or cpu.hardware_threads()
     return Limits(cpu.measure_bandwidth(threads, 0.5), cpu.measure_int8(threads, 0.5))
 
 
-def _machine(backend: str, threads: int | None) -> dict[str, Any]:
+def _machine(backend: str, threads: int) -> dict[str, Any]:
+    """Instruction set and threads; nothing is known of NumPy's own."""
     if backend != "cpu":
         return {"isa": None, "threads": None}
     from pronk.backends import cpu
 
-    return {"isa": cpu.isa(), "threads": threads or cpu.hardware_threads()}
+    return {"isa": cpu.isa(), "threads": threads}
 
 
 def _peak_memory() -> int:

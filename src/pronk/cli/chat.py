@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,11 +14,12 @@ from pronk.cli.common import (
     json_option,
     load_model,
     load_options,
-    read_text,
+    note_cut,
     sampling_options,
     text,
 )
 from pronk.cli.conversation import Conversation, converse, say
+from pronk.cli.input import on_a_terminal, read_chat_prompt, read_text
 from pronk.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +36,11 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="JSON list of OpenAI tool definitions that the model may call.",
 )
-@sampling_options
+@sampling_options(
+    temperature="the model's, else 0.6",
+    top_p="the model's, else 0.9",
+    max_tokens="until the context is full",
+)
 @context_option
 @load_options
 @json_option
@@ -52,18 +56,23 @@ def chat(
 ) -> None:
     """Chat, or answer PROMPT.
 
-    Without MODEL the default model is used, which is fetched on first use. Without PROMPT the
-    prompt is all of stdin; on a terminal a conversation begins (/help lists its commands).
+    Without MODEL the default model (smollm2-135m) is used, which is fetched on first use. Without
+    PROMPT, on a terminal, a conversation begins (/help lists its commands).
+
+    Text that is piped in is the prompt, without the newline at its end; with PROMPT it follows that
+    after a blank line, so `cat FILE | pronk chat "Summarize:"` works. It is read to its end. Beside
+    PROMPT it must begin within 1 second, else PROMPT is answered alone and stderr says so; with
+    `< /dev/null` nothing is read.
+
+    Sampling values that come with a model go before the defaults below.
     """
     model, prompt = model_and_prompt(model, prompt)
     definitions = None if tools is None else read_tools(tools)
-    interactive = prompt is None and _on_a_terminal()
+    interactive = prompt is None and on_a_terminal()
     if interactive and as_json:
         raise UserError("PROMPT: --json needs one, as an argument or on stdin")
     if not interactive:
-        prompt = read_text("PROMPT", "-") if prompt is None else prompt
-        if not prompt.strip():
-            raise UserError("PROMPT: it is empty")
+        prompt = read_chat_prompt(prompt)
     llm = load_model(model, load, ctx=ctx)
     conversation = Conversation(llm, system, definitions, sampling.given())
     if prompt is None:
@@ -72,12 +81,8 @@ def chat(
     conversation.ask(prompt)
     if as_json:
         emit(reply_json(model, conversation.answer()))
-    else:
-        say(conversation.stream())
-
-
-def _on_a_terminal() -> bool:
-    return sys.stdin.isatty()
+    elif reply := say(conversation.stream()).reply:
+        note_cut(reply, llm.context)
 
 
 def model_and_prompt(first: str | None, second: str | None) -> tuple[str, str | None]:
@@ -94,8 +99,10 @@ def model_and_prompt(first: str | None, second: str | None) -> tuple[str, str | 
 
     if first is None:
         return DEFAULT_MODEL, None
-    if second is not None or find_entry(first) or looks_like_model(first):
+    if find_entry(first) or looks_like_model(first):
         return first, second
+    if second is not None:
+        raise UserError(f"{unknown_model(first)} (a prompt of several words needs quotes)")
     if close_names(first) and not any(map(str.isspace, first)):
         raise UserError(
             f"{unknown_model(first)} (for a prompt of this one word: pronk chat {DEFAULT_MODEL}"

@@ -1,4 +1,5 @@
-"""What all verbs share: option types, the options of loading and sampling, input and output.
+"""What all verbs share: option types, the options of loading and sampling, what their errors say,
+and output. Input is in input.py.
 
 Importing this loads nothing but click; what a verb needs is imported inside its function.
 """
@@ -6,23 +7,27 @@ Importing this loads nothing but click; what a verb needs is imported inside its
 import contextlib
 import functools
 import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
+import os
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
 from pronk.cli.progress import Reporter
-from pronk.core.errors import UserError
+from pronk.core.errors import ContextLengthError, UserError
 
 if TYPE_CHECKING:
     from pronk.backends.protocol import KvDtype
     from pronk.checkpoints.catalog import Licence, ModelRef
     from pronk.engine.llm import LLM
+    from pronk.engine.replies import Completion
 
 Command: TypeAlias = Callable[..., None]
+
+_THREADS_A_PROCESSOR = 4
+"""More cannot be meant."""
 
 
 # Option types: functions from the text of an option to its value. Their messages name the value and
@@ -78,32 +83,6 @@ def bias(value: str) -> tuple[int, float]:
         raise click.BadParameter(f"{value} is not ID=AMOUNT: {error.message}") from None
 
 
-def read_text(name: str, path: str) -> str:
-    """The text of a file ("-": standard input). UserError names the byte that is no UTF-8."""
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{name}: cannot read {path}: {error.strerror}") from None
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        byte = data[error.start]
-        where = "stdin" if path == "-" else path
-        raise UserError(
-            f"{name}: {where} is not UTF-8: byte {error.start} is 0x{byte:02x} ({error.reason})"
-        ) from None
-
-
-def read_prompt(prompt: str | None, path: str | None) -> str:
-    """PROMPT or the text of --file, whichever was given."""
-    if (prompt is None) == (path is None):
-        raise UserError("PROMPT: give either PROMPT or --file FILE")
-    given = prompt if prompt is not None else read_text("--file", path or "-")
-    if not given:
-        raise UserError("PROMPT: it is empty; at least one character is needed")
-    return given
-
-
 # Options that several verbs have.
 
 
@@ -143,37 +122,47 @@ Wrap: TypeAlias = Callable[[Command], Command]
 _LOAD: Sequence[Wrap] = (
     click.option("--threads", type=whole(1, 1024), help="CPU threads (default: all cores)."),
     click.option("--backend", type=click.Choice(["auto", "cpu", "reference"]), default="auto",
-                 help="Compiled kernels or plain NumPy."),
+                 help="Compiled kernels or plain NumPy (default: auto, the kernels if there)."),
     click.option("--kv-dtype", type=click.Choice(["f32", "f16", "int8"]), default="f16",
-                 help="How keys and values are stored."),
+                 show_default=True, help="How keys and values are stored."),
 )  # fmt: skip
 
-_SAMPLING: Sequence[Wrap] = (
-    click.option("--temperature", type=real(0, 100), help="0 always takes the likeliest token."),
-    click.option("--top-p", type=real(0, 1, positive=True),
-                 help="Only the likeliest tokens that together reach this probability."),
-    click.option("--top-k", type=whole(0), help="Only the k likeliest tokens; 0 is off."),
-    click.option("--min-p", type=real(0, 1),
-                 help="Only tokens at least this fraction as likely as the likeliest."),
-    click.option("--repetition-penalty", type=real(0, 100, positive=True),
-                 help="Makes tokens seen before less likely; 1 is off."),
-    click.option("--presence-penalty", type=real(-2, 2),
-                 help="Taken off the logit of each token of the answer."),
-    click.option("--frequency-penalty", type=real(-2, 2),
-                 help="The same, as often as the token occurs."),
-    click.option("--logit-bias", type=bias, metavar="ID=X", multiple=True,
-                 help="Added to a token's logit; may be repeated."),
-    click.option("--stop", type=text, multiple=True,
-                 help="Text that ends the answer; may be repeated."),
-    click.option("--max-tokens", type=whole(1), help="Longest answer in tokens."),
-    click.option("--seed", type=whole(0, 2**63 - 1), help="Same seed, same answer."),
-)  # fmt: skip
+
+def _sampling(temperature: str, top_p: str, max_tokens: str) -> Sequence[Wrap]:
+    """The options of sampling; the arguments say what the verb's defaults are."""
+    return (
+        click.option("--temperature", type=real(0, 100),
+                     help=f"0 always takes the likeliest token (default: {temperature})."),
+        click.option("--top-p", type=real(0, 1, positive=True),
+                     help="Only the likeliest tokens that together reach this probability"
+                     f" (default: {top_p})."),
+        click.option("--top-k", type=whole(0),
+                     help="Only the k likeliest tokens (default: 0, off)."),
+        click.option("--min-p", type=real(0, 1),
+                     help="Only tokens at least this fraction as likely as the likeliest"
+                     " (default: 0, off)."),
+        click.option("--repetition-penalty", type=real(0, 100, positive=True),
+                     help="Makes tokens seen before less likely (default: 1, off)."),
+        click.option("--presence-penalty", type=real(-2, 2),
+                     help="Taken off the logit of each token of the answer (default: 0)."),
+        click.option("--frequency-penalty", type=real(-2, 2),
+                     help="The same, as often as the token occurs (default: 0)."),
+        click.option("--logit-bias", type=bias, metavar="ID=X", multiple=True,
+                     help="Added to a token's logit; may be repeated."),
+        click.option("--stop", type=text, multiple=True,
+                     help="Text that ends the answer; may be repeated."),
+        click.option("--max-tokens", type=whole(1),
+                     help=f"Longest answer in tokens (default: {max_tokens})."),
+        click.option("--seed", type=whole(0, 2**63 - 1),
+                     help="Same seed, same answer (default: a new one each time)."),
+    )  # fmt: skip
+
 
 context_option: Wrap = click.option(
     "--ctx", type=whole(1), help="Context in tokens (default: the model's, up to 8192)."
 )
 json_option: Wrap = click.option(
-    "--json", "as_json", is_flag=True, help="One JSON object on stdout."
+    "--json", "as_json", is_flag=True, help="One JSON object on stdout; none if it fails."
 )
 
 
@@ -182,9 +171,11 @@ def load_options(command: Command) -> Command:
     return _bundle(command, _LOAD, LoadOptions, "load")
 
 
-def sampling_options(command: Command) -> Command:
-    """Adds the options of sampling; the command gets them as one argument `sampling`."""
-    return _bundle(command, _SAMPLING, SamplingOptions, "sampling")
+def sampling_options(*, temperature: str, top_p: str, max_tokens: str) -> Wrap:
+    """Adds the options of sampling, with the defaults that --help names; the command gets them as
+    one argument `sampling`."""
+    options = _sampling(temperature, top_p, max_tokens)
+    return lambda command: _bundle(command, options, SamplingOptions, "sampling")
 
 
 def _bundle(
@@ -209,6 +200,8 @@ def load_model(model: str, options: LoadOptions, *, ctx: int | None) -> "LLM":
     from pronk.checkpoints.catalog import licence_of, resolve_model
     from pronk.engine.llm import LLM
 
+    check_threads(options.threads)
+    check_gated(model)
     with Reporter() as progress:
         llm = LLM(
             model,
@@ -220,6 +213,32 @@ def load_model(model: str, options: LoadOptions, *, ctx: int | None) -> "LLM":
         )
     show_terms_once(licence_of(resolve_model(model), llm.metadata))
     return llm
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuses a number that can only be slow: each step waits for the slowest thread."""
+    limit = _THREADS_A_PROCESSOR * (os.cpu_count() or 1)
+    if threads is not None and threads > limit:
+        raise UserError(
+            f"--threads: {threads} is more than {limit}, {_THREADS_A_PROCESSOR} for each processor"
+            " of this machine"
+        )
+
+
+def check_gated(model: str) -> None:
+    """Says of a model that is not on disk what it takes to get it, where that is an account."""
+    from pronk.checkpoints.catalog import HubSource, resolve_model
+    from pronk.checkpoints.pull import find
+
+    ref = resolve_model(model)
+    if ref.entry and isinstance(ref.entry.source, HubSource) and ref.entry.source.gated:
+        if find(ref):
+            return
+        raise UserError(
+            f"MODEL: {ref.name} is not on disk; fetch it ({ref.entry.nbytes / 1e9:.1f} GB) with"
+            f" `pronk pull {ref.name}`, which needs a Hugging Face token and Meta's licence"
+            f" accepted at https://huggingface.co/{ref.repo}"
+        )
 
 
 def show_terms_once(licence: "Licence | None") -> None:
@@ -245,6 +264,69 @@ def ref_of(model: str) -> "ModelRef":
     return resolve_model(model)
 
 
+# What errors say.
+
+
+@contextlib.contextmanager
+def model_is_called(name: str) -> Iterator[None]:
+    """Errors about MODEL call it what the verb calls it."""
+    try:
+        yield
+    except UserError as error:
+        before, found, words = str(error).partition("MODEL: ")
+        if before or not found:
+            raise
+        raise UserError(f"{name}: {words}") from error
+
+
+def check_model_argument(verb: str, argument: str) -> None:
+    """For a verb with one argument only: refuses what looks like its text, not like its MODEL."""
+    from pronk.checkpoints.catalog import (
+        DEFAULT_MODEL,
+        close_names,
+        find_entry,
+        looks_like_model,
+        unknown_model,
+    )
+
+    if find_entry(argument) or looks_like_model(argument):
+        return
+    if close_names(argument) and not any(map(str.isspace, argument)):
+        raise UserError(unknown_model(argument))
+    shown = argument if len(argument) <= 40 else f"{argument[:37]}..."
+    raise UserError(
+        f"MODEL: {shown!r} was taken as MODEL, and no model is called that; for a text:"
+        f" pronk {verb} {DEFAULT_MODEL} {shlex.quote(shown)}"
+    )
+
+
+@contextlib.contextmanager
+def length_explained(llm: "LLM", *advice: str) -> Iterator[None]:
+    """A prompt that does not fit: says what would help here, `advice` first."""
+    try:
+        yield
+    except ContextLengthError as error:
+        most = llm.config.context
+        ways = ["shorten it", *advice]
+        if error.n_context < most:
+            ways.append(f"raise --ctx (this model: up to {most})")
+        raise UserError(
+            f"prompt: {error.n_prompt} tokens do not fit the context of {error.n_context} (one must"
+            f" stay free for the answer); {' or '.join(ways)}"
+        ) from error
+
+
+def note_cut(completion: "Completion", context: int, advice: str = "") -> None:
+    """Says why an answer ended before its end, if it did."""
+    if completion.finish_reason != "length":
+        return
+    usage = completion.usage
+    if usage.prompt_tokens + usage.completion_tokens >= context:
+        note(f"(the context of {context} tokens is full{advice})")
+    else:
+        note(f"(cut after {counted(usage.completion_tokens, 'token')})")
+
+
 # Output.
 
 
@@ -254,8 +336,8 @@ def emit(result: Mapping[str, Any]) -> None:
 
 
 def note(words: str) -> None:
-    """A word to the person, on stderr, dim where that is a terminal."""
-    click.secho(words, err=True, dim=True)
+    """A word to the person, on stderr, dim where that is a terminal (and NO_COLOR is not set)."""
+    click.echo(words if os.environ.get("NO_COLOR") else click.style(words, dim=True), err=True)
 
 
 def counted(number: int, unit: str) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pronk.cli.common import counted, human_count, note
+from pronk.cli.common import counted, human_count, length_explained, note, note_cut, text
 from pronk.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ HELP = """\
 /clear         forget the conversation, keep the system prompt
 /tool RESULT   answer the tool call that the model has just made
 /help          this list
-/exit, /quit   leave, like Ctrl-D
+/exit, /q      leave, like Ctrl-D and /quit
 \"\"\"            begins and ends a prompt of several lines
-Ctrl-C stops an answer; at the prompt it leaves."""
+Ctrl-C stops an answer; at the prompt it clears the line, and twice it leaves."""
 
 
 class Conversation:
@@ -75,10 +75,13 @@ class Conversation:
         self.turns.append(Message("tool", result, tool_call_id=call.id, name=call.name))
 
     def answer(self) -> "Reply":
-        return self.llm.chat(self.messages, **self._options)
+        with length_explained(self.llm):
+            return self.llm.chat(self.messages, **self._options)
 
-    def stream(self) -> "Generator[Piece]":
-        yield from self.llm.stream(self.messages, **self._options)
+    def stream(self, *advice: str) -> "Generator[Piece]":
+        """The answer in pieces; `advice` is for a conversation that does not fit."""
+        with length_explained(self.llm, *advice):
+            yield from self.llm.stream(self.messages, **self._options)
 
 
 def say(pieces: "Generator[Piece]", stopped: Callable[[], bool] = lambda: False) -> "Said":
@@ -98,8 +101,6 @@ def say(pieces: "Generator[Piece]", stopped: Callable[[], bool] = lambda: False)
         click.echo()
     for call in reply.tool_calls if reply else ():
         click.echo(json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False))
-    if reply and reply.finish_reason == "length":
-        note(f"(cut after {counted(reply.usage.completion_tokens, 'token')})")
     return Said(text, reply)
 
 
@@ -114,6 +115,10 @@ class Leave(Exception):
     """The user wants out of the conversation."""
 
 
+class Cleared(Exception):
+    """Ctrl-C at the prompt: what was typed is forgotten."""
+
+
 def converse(conversation: Conversation, model: str) -> None:
     """The conversation on a terminal."""
     with contextlib.suppress(ImportError):
@@ -126,12 +131,22 @@ def converse(conversation: Conversation, model: str) -> None:
         f"{model}: {human_count(llm.config.n_params)} parameters, context {llm.context} tokens,"
         f" {llm.backend_name} backend. /help lists the commands, Ctrl-D leaves."
     )
+    interrupted = False
     while True:
         try:
-            turn(conversation, read_line())
-        except (EOFError, Leave):
-            click.echo(err=True)
+            line = read_line()
+            interrupted = False
+            turn(conversation, line)
+        except Leave:
             return
+        except EOFError:
+            click.echo(err=True)  # the prompt's line is still open
+            return
+        except Cleared:
+            if interrupted:
+                raise KeyboardInterrupt from None
+            interrupted = True
+            note("\n(Ctrl-C again or /exit leaves)")
         except UserError as error:
             click.echo(f"pronk: error: {error}", err=True)
 
@@ -149,12 +164,13 @@ def turn(conversation: Conversation, line: str) -> None:
         return
     try:
         with stop_by_ctrl_c() as stop:
-            said = say(conversation.stream(), stop.is_set)
+            said = say(conversation.stream("/clear the conversation"), stop.is_set)
     except BaseException:
         conversation.turns = before
         raise
     if said.reply:
         conversation.turns.append(said.reply.message)
+        note_cut(said.reply, conversation.llm.context, "; /clear begins a new conversation")
         note(summary(said.reply))
     elif said.text:
         from pronk.text.messages import Message
@@ -179,8 +195,8 @@ def command(conversation: Conversation, line: str) -> bool:
     """Runs a slash command; True if the model is to answer now."""
     name, _, text = line.partition(" ")
     text = text.strip()
-    match name:
-        case "/exit" | "/quit":
+    match name.lower():
+        case "/exit" | "/quit" | "/q":
             raise Leave
         case "/help":
             note(HELP)
@@ -203,13 +219,32 @@ def command(conversation: Conversation, line: str) -> bool:
 
 def read_line() -> str:
     """A prompt from the terminal: one line, or several between two \"\"\"."""
-    line = _input("> ")
+    try:
+        return _read_line()
+    except KeyboardInterrupt:
+        raise Cleared from None
+
+
+def _read_line() -> str:
+    line = typed("> ")
     if not line.lstrip().startswith('"""'):
         return line
-    text = line.lstrip()[3:]
-    while not text.rstrip().endswith('"""'):
-        text += "\n" + _input(". ")
-    return text.rstrip().removesuffix('"""').strip("\n")
+    block = line.lstrip()[3:]
+    while not block.rstrip().endswith('"""'):
+        block += "\n" + typed(". ")
+    return block.rstrip().removesuffix('"""').strip("\n")
+
+
+def typed(prompt: str) -> str:
+    """A line of text; bytes that are no UTF-8 are refused."""
+    try:
+        return text(_input(prompt))
+    except UnicodeDecodeError as error:  # where Python reads stdin strictly
+        byte = error.object[error.start]
+        words = f"invalid UTF-8 at byte {error.start} (0x{byte:02x})"
+    except click.BadParameter as error:
+        words = error.message
+    raise UserError(f"PROMPT: {words}")
 
 
 def _input(prompt: str) -> str:

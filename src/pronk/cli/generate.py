@@ -1,6 +1,8 @@
 """`pronk generate`: raw completion of a prompt, without any chat format."""
 
+import contextlib
 import dataclasses
+from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -8,36 +10,40 @@ import click
 from pronk.cli.common import (
     LoadOptions,
     SamplingOptions,
+    check_model_argument,
     columns,
     context_option,
-    counted,
     emit,
     json_option,
+    length_explained,
     load_model,
     load_options,
-    note,
-    read_prompt,
+    note_cut,
     sampling_options,
     text,
     whole,
 )
+from pronk.cli.input import read_prompt
 
 if TYPE_CHECKING:
     from pronk.engine.llm import LLM
     from pronk.engine.replies import Completion
 
+MAX_TOKENS = 256
+"""The default of the command line: enough to read, and soon over."""
+
 
 @click.command()
 @click.argument("model", type=text)
 @click.argument("prompt", type=text, required=False)
-@click.option("--file", "path", type=text, help="Read the prompt from a file; - is stdin.")
+@click.option("--file", "path", type=text, help="Read all of a file as the prompt; - is stdin.")
 @click.option(
     "--logprobs",
     type=whole(0, 100),
     metavar="N",
     help="Log probability of each token and of the N likeliest.",
 )
-@sampling_options
+@sampling_options(temperature="0, greedy", top_p="1, off", max_tokens=str(MAX_TOKENS))
 @context_option
 @load_options
 @json_option
@@ -51,18 +57,61 @@ def generate(
     load: LoadOptions,
     as_json: bool,
 ) -> None:
-    """Continue PROMPT. Only the continuation is printed."""
+    """Continue PROMPT. Only the continuation is printed, as it comes.
+
+    Without PROMPT and --file the prompt is what is piped in, without the newline at its end.
+    """
+    if prompt is None and path is None:
+        check_model_argument("generate", model)
     prompt = read_prompt(prompt, path)
     llm = load_model(model, load, ctx=ctx)
-    completion = llm.generate(prompt, logprobs=logprobs, **sampling.given())
-    if as_json:
-        emit(completion_json(model, llm, completion))
-        return
-    click.echo(completion.text)
+    options = {"max_tokens": MAX_TOKENS, "logprobs": logprobs, **sampling.given()}
+    with length_explained(llm):
+        if as_json:
+            emit(completion_json(model, llm, llm.generate(prompt, **options)))
+            return
+        completion = say(continuation(llm, prompt, options))
     if completion.logprobs:
         click.echo("\n" + logprob_table(llm, completion))
-    if completion.finish_reason == "length":
-        note(f"(cut after {counted(len(completion.token_ids), 'token')})")
+    note_cut(completion, llm.context)
+
+
+def say(pieces: "Generator[str, None, Completion]") -> "Completion":
+    """Prints a continuation as it comes. A reader that leaves ends it."""
+    with contextlib.closing(pieces):
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                click.echo()
+                completion: Completion = end.value
+                return completion
+            click.echo(piece, nl=False)  # which flushes
+
+
+def continuation(
+    llm: "LLM", prompt: str, options: Mapping[str, Any]
+) -> "Generator[str, None, Completion]":
+    """What `llm.generate` returns, its text piece by piece; closing it ends the computation."""
+    from pronk.engine.engine import pending
+    from pronk.engine.replies import completion_of
+    from pronk.engine.request import SamplingParams
+
+    params = SamplingParams.of(options, {})
+    request = llm._request(llm._ids(prompt), params, llm._text_out(params))
+    engine = llm._open_engine()
+    n_seen = 0
+    try:
+        engine.add(request)
+        while pending([request]):
+            engine.step()
+            new = request.pieces[n_seen:]
+            n_seen += len(new)
+            if new:
+                yield "".join(new)
+        return completion_of(request)
+    finally:
+        engine.abort(request)
 
 
 def completion_json(model: str, llm: "LLM", completion: "Completion") -> dict[str, Any]:

@@ -6,6 +6,9 @@ import click
 
 from pronk.cli.common import FORMATS, columns, emit, human_bytes, human_count, json_option, note
 
+_FEW = 3
+"""Whoever has fewer models may be looking for more."""
+
 
 @click.command(name="list")
 @click.option("--all", "everything", is_flag=True, help="The whole catalog, on disk or not.")
@@ -21,20 +24,17 @@ def list_(everything: bool, as_json: bool) -> None:
         click.echo(columns([["NAME", "PARAMETERS", "SIZE", "FORMAT", "LICENCE", "ON DISK"],
                             *map(_cells, rows)]))  # fmt: skip
     else:
-        note(
-            "no models on disk; `pronk pull smollm2-135m` fetches one, `pronk list --all` lists all"
-        )
+        note("no models on disk; `pronk pull smollm2-135m` fetches one")
+    if not (everything or as_json) and len(rows) < _FEW:
+        note("(`pronk list --all` shows what can be pulled)")
 
 
 def _on_disk() -> list[dict[str, Any]]:
-    from pronk.checkpoints.cache import installed_models
-    from pronk.checkpoints.catalog import CATALOG, resolve_model
-    from pronk.checkpoints.pull import find
+    from pronk.checkpoints.catalog import CATALOG
+    from pronk.checkpoints.pull import on_disk
 
-    for name in CATALOG:  # another program may have left one in the Hugging Face cache
-        find(resolve_model(name))
     rows = []
-    for model in installed_models():
+    for model in on_disk():
         entry = CATALOG.get(model.name)
         rows.append(
             {

@@ -8,20 +8,25 @@ import click
 
 from pronk.cli.common import (
     LoadOptions,
+    counted,
     emit,
     json_option,
     load_model,
     load_options,
-    read_text,
+    note,
     text,
     whole,
 )
+from pronk.cli.input import read_text
 from pronk.cli.progress import Reporter
 from pronk.core.errors import UserError
 
 if TYPE_CHECKING:
     from pronk.engine.llm import LLM
     from pronk.eval.perplexity import Perplexity
+
+FEW_TOKENS = 100
+"""Below this the result says more of the text than of the model."""
 
 
 @click.command()
@@ -87,6 +92,8 @@ def perplexity(
             reference=other.logits if other else None,
             progress=progress,
         )
+    if result.n_scored < FEW_TOKENS:
+        note(f"warning: {counted(result.n_scored, 'token')} are too few to say much of a model")
     facts = {"model": model, "reference": reference, "ctx": ctx, "stride": stride}
     _report(facts, result, as_json)
 

@@ -6,6 +6,7 @@ from pronk.cli.common import (
     emit,
     human_bytes,
     json_option,
+    model_is_called,
     ref_of,
     show_terms_once,
     text,
@@ -16,11 +17,13 @@ from pronk.cli.progress import Reporter
 @click.command()
 @click.argument("name", type=text)
 @json_option
+@model_is_called("NAME")
 def pull(name: str, as_json: bool) -> None:
     """Download a model, verified, into the cache.
 
     NAME is a catalog name or a Hugging Face id; OWNER/NAME:PART picks the GGUF file with PART in
-    its name. What is there already is not fetched again.
+    its name. What is there already is not fetched again. Models are kept in ~/.cache/pronk (under
+    XDG_CACHE_HOME where that is set), those of Hugging Face in its own cache (HF_HOME).
     """
     from pronk.checkpoints import pull as fetching
     from pronk.checkpoints.catalog import licence_by_name

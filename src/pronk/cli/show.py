@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pronk.cli.common import FORMATS, emit, human_bytes, human_count, json_option, ref_of, text
+from pronk.cli.common import (
+    FORMATS,
+    emit,
+    human_bytes,
+    human_count,
+    json_option,
+    model_is_called,
+    ref_of,
+    text,
+)
+from pronk.cli.printable import one_line, printable
 from pronk.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,6 +28,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("name", type=text)
 @json_option
+@model_is_called("NAME")
 def show(name: str, as_json: bool) -> None:
     """Show what a model is: size, format, licence, chat template.
 
@@ -30,9 +41,9 @@ def show(name: str, as_json: bool) -> None:
         emit(facts | {"licence_terms": licence_terms(licence) if licence else []})
         return
     for label, value in _lines(facts):
-        click.echo(f"{label:<14}{value}")
+        click.echo(f"{label:<14}{one_line(value)}")
     if template := facts.get("chat_template"):
-        click.echo(f"\nchat template:\n{template.rstrip()}")
+        click.echo(f"\nchat template:\n{printable(template.rstrip())}")
     if licence and (terms := licence_terms(licence)):
         click.echo("\n" + "\n".join(terms))
 

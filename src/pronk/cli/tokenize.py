@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pronk.cli.common import emit, json_option, read_prompt, text
+from pronk.cli.common import check_gated, check_model_argument, emit, json_option, text
+from pronk.cli.input import read_given
 from pronk.cli.progress import Reporter
 from pronk.core.errors import UserError
 
@@ -36,7 +37,10 @@ def tokenize(
     bos: bool,
     as_json: bool,
 ) -> None:
-    """Print the token ids of TEXT, or the text of ids."""
+    """Print the token ids of TEXT, or the text of ids.
+
+    Without TEXT and --file the text is what is piped in, with the newline at its end.
+    """
     if ids is not None and (text is not None or path is not None or special or bos):
         raise UserError("--decode: goes with no TEXT, --file, --special or --bos")
     if ids is not None:
@@ -47,7 +51,9 @@ def tokenize(
         else:
             click.echo(decoded)
         return
-    text = read_prompt(text, path)
+    if text is None and path is None:
+        check_model_argument("tokenize", model)
+    text = read_given("TEXT", text, path)
     tokenizer = open_tokenizer(model)
     tokens = tokenizer.encode(text, bos=bos, special=special)
     if as_json:
@@ -72,6 +78,7 @@ def open_tokenizer(model: str) -> "Tokenizer":
     from pronk.checkpoints.pull import locate
     from pronk.engine.load import load_tokenizer
 
+    check_gated(model)
     with Reporter() as progress:
         path = locate(model, progress=progress)
     with open_checkpoint(path) as checkpoint:
