@@ -232,7 +232,8 @@ OUTPUTS: list[tuple[str, str, list[Call]]] = [
         "",
         [("add", {"a": 'it\'s [a] "b", c)', "b": "two\nlines"})],
     ),
-    ("[add(a=1), get_time(", "get_time(", [("add", {"a": 1})]),  # complete calls stand
+    ("[add(a=1), get_time(", "*", []),  # a list is taken as a whole
+    ("[add(a=1), get_time()", "", [("add", {"a": 1}), ("get_time", {})]),  # no last bracket
     ('[add(a={name="water"})]', "", [("add", {"a": {"name": "water"}})]),  # Meta's encoder
     ("<|python_tag|>get_weather(city='San Francisco')<|eom_id|>", "", [SF]),
     # built-in

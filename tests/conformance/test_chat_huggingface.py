@@ -19,7 +19,7 @@ import pytest
 from chat_samples import ADD, CHATML_SPECIALS, WEATHER, ByteTokenizer
 from pronk.text.chat import Llama31Format, chat_format_for
 from pronk.text.messages import Message, ToolCall, messages_from_dicts
-from pronk.text.parse import Reply, TokenReplyParser
+from pronk.text.parse import parse_reply, split_specials
 from pronk.text.template import JinjaFormat
 from pronk.text.tokenizer import tokenizer_from_gguf, tokenizer_from_meta
 from pronk.text.tools import tools_from_dicts
@@ -277,10 +277,11 @@ def test_calls_read_back_from_the_template() -> None:
     rendered = Llama31Format(LLAMA, style="hf").render(
         [Message("user", "x"), Message("assistant", "", (call,))]
     )
-    parser = TokenReplyParser(LLAMA, ["add"])
     written = [id for id, mine in zip(rendered.ids, rendered.assistant_mask, strict=True) if mine]
-    events = [event for id in written for event in parser.push(id)] + parser.finish()
-    assert Reply.of(events) == Reply("", (call,))
+    reply = parse_reply(
+        split_specials(LLAMA.decode(written)), tools=["add"], call_id="call_{}".format
+    )
+    assert (reply.text, reply.tool_calls) == ("", (call,))
 
 
 def test_the_template_of_a_real_model(smollm2_path: Path) -> None:

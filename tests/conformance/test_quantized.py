@@ -9,7 +9,7 @@ import pydoc_data.topics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -52,10 +52,12 @@ def text_ids(path: Path) -> I32:
     return np.array(ids, np.int32)
 
 
-def logprobs_of(checkpoint: Any, kv_dtype: str, precise: bool | None) -> Callable[[I32], F32]:
+def logprobs_of(
+    checkpoint: Any, kv_dtype: str, activation_bits: Literal[8, 16] | None
+) -> Callable[[I32], F32]:
     """A function from a window of ids to log probabilities `[T, V]`."""
     config = checkpoint.config
-    weights = load_model(checkpoint, cpu, n_positions=WINDOW, precise=precise)
+    weights = load_model(checkpoint, cpu, n_positions=WINDOW, activation_bits=activation_bits)
     n_blocks = WINDOW // BLOCK
     kv = cpu.make_kv(config, n_blocks, kv_dtype)
     batch = Batch(
@@ -68,10 +70,10 @@ def logprobs_of(checkpoint: Any, kv_dtype: str, precise: bool | None) -> Callabl
 
 
 # activations, cache: most KL divergence and most change of perplexity allowed
-CASES = {
+CASES: dict[tuple[str, Literal[8, 16] | None, str], tuple[float, float]] = {
     ("as loaded", None, "f16"): (0.0001, 0.001),
     ("as loaded", None, "int8"): (0.002, 0.003),
-    ("8 bits where a large model has them", False, "f16"): (0.002, 0.003),
+    ("8 bits where a large model has them", 8, "f16"): (0.002, 0.003),
 }
 
 
@@ -110,7 +112,7 @@ def totals(smollm2_path: Path) -> dict[Any, Totals]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}, {case[2]} cache")
 def test_divergence_and_perplexity(
-    case: tuple[str, bool | None, str],
+    case: tuple[str, Literal[8, 16] | None, str],
     totals: dict[Any, Totals],
     record_property: Callable[[str, object], None],
 ) -> None:

@@ -5,7 +5,7 @@ import pytest
 from tiny_models import CONFIG, write_gguf
 
 from pronk.backends import reference
-from pronk.core.errors import MemoryLimitError, UserError
+from pronk.core.errors import MemoryLimitError, PronkError, UserError
 from pronk.engine import bench
 from pronk.engine.bench import Demand, Limits, Plan, Subject, load_subject
 from pronk.engine.request import Request
@@ -68,7 +68,7 @@ def test_runs_never_share_a_prompt(path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_demand_by_hand(path: Path) -> None:
     plan = Plan(prompt=600, generate=100, depth=50, batch=2)
-    subject = Subject(engine=None, config=CONFIG, weight_bytes=10_000, kv_bytes=100)  # type: ignore[arg-type]
+    subject = Subject(engine=None, config=CONFIG, weight_bytes=10_000, kv_bytes=100, threads=1)  # type: ignore[arg-type]
     layers = 2 * (32 * (32 + 32 + 16 + 16) + 3 * 32 * 64)  # q, o, k, v and the three of the MLP
     head = 32 * CONFIG.vocab_size
     decode = bench.decode_demand(subject, plan)
@@ -100,3 +100,36 @@ def test_a_plan_that_does_not_fit(path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(bench, "free_memory", lambda: 1000)
     with pytest.raises(MemoryLimitError, match=r"GB are needed, 0\.00 GB are free"):
         subject_for(path, Plan(prompt=8, generate=4))
+
+
+def test_threads_are_set_before_the_weights_are_packed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[object] = []
+    monkeypatch.setattr(reference, "default_threads", lambda: 5)
+    monkeypatch.setattr(reference, "set_threads", happened.append)
+    plan = Plan(prompt=8, generate=4, repeat=1)
+    subject = load_subject(
+        path, plan, ops=reference, threads=None, kv_dtype="f32",
+        progress=lambda *_: happened.append("loading"),
+    )  # fmt: skip
+    assert subject.threads == 5
+    assert happened[:2] == [5, "loading"]
+    bench.measure_decode(subject, plan)
+    assert set(happened) == {5, "loading"}
+    assert load_subject(path, plan, ops=reference, threads=2, kv_dtype="f32").threads == 2
+
+
+def test_a_model_that_computes_nonsense_ends_the_measurement(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(prompt=8, generate=4, repeat=1)
+    subject = subject_for(path, plan)
+
+    def refuse(*_: object) -> None:
+        raise PronkError("not finite")
+
+    monkeypatch.setattr(reference, "sample", refuse)
+    for measure in (bench.measure_decode, bench.measure_prefill):
+        with pytest.raises(PronkError, match="not finite"):
+            measure(subject, plan)

@@ -2,7 +2,7 @@
 
 import itertools
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from tiny_models import CONFIG, SPECIAL, write_gguf, write_hf
 
 import pronk
 from pronk import LLM
+from pronk.backends import reference
 from pronk.backends.protocol import BLOCK, Batch, KvDtype, Sampled
 from pronk.backends.select import select_backend
+from pronk.checkpoints.checkpoint import Checkpoint
 from pronk.checkpoints.open import open_checkpoint
 from pronk.core.errors import CheckpointError, ContextLengthError, MemoryLimitError, UserError
 from pronk.engine import llm as llm_module
@@ -203,7 +205,7 @@ def test_tool_calls_are_read_from_the_answer(
     assert [call.arguments for call in reply.tool_calls] == [{"city": city} for city in calls]
     assert all(isinstance(call, ToolCall) and call.name == "weather" for call in reply.tool_calls)
     assert last.reply is not None
-    assert last.reply.tool_calls == reply.tool_calls
+    assert [c.arguments for c in last.reply.tool_calls] == [c.arguments for c in reply.tool_calls]
     assert "".join(piece.text for piece in [*pieces, last]) == text
 
 
@@ -306,14 +308,103 @@ def test_a_prompt_text_gets_one_bos_and_no_other_special_token(llm: LLM) -> None
 
 
 def test_tokens_that_the_tokenizer_does_not_have(tmp_path: Path) -> None:
-    """A model padded to a rounder vocabulary may draw them; they have no text."""
-    path = write_hf(tmp_path / "padded", padding=5)
+    """A model padded to a rounder vocabulary never draws them, nor takes them."""
+    path = write_hf(tmp_path / "padded", padding=500)
     with LLM(path, backend="reference") as llm:
-        pad = llm.config.vocab_size - 1
-        assert pad >= llm.tokenizer.vocab_size
-        out = llm.generate("hello", logit_bias={pad: 100}, max_tokens=3)
-        assert (out.token_ids, out.text) == ([pad] * 3, "")
-        assert llm.chat(HELLO, logit_bias={pad: 100}, max_tokens=3).text == ""
+        known, pad = llm.tokenizer.vocab_size, llm.config.vocab_size - 1
+        assert pad == known + 499
+        options: dict[str, Any] = {"temperature": 10.0, "max_tokens": 50, "logprobs": 5, "seed": 1}
+        out = llm.generate("hello", **options)
+        reply = llm.chat(HELLO, **options)
+        for answer in (out, reply):
+            assert max(answer.token_ids) < known
+            assert all(max(dict(e.top)) < known for e in answer.logprobs or ())
+        for call in (llm.generate, llm.score, llm.logits):
+            with pytest.raises(
+                UserError, match=f"prompt: token id {pad} is not in 0 to {known - 1}"
+            ):
+                call([1, pad])
+        with pytest.raises(UserError, match=f"logit_bias: token id {pad} is not in"):
+            llm.generate("hello", logit_bias={pad: 100})
+        prompt = llm.tokenizer.encode("hello", bos=llm.tokenizer.add_bos)
+        scores = llm.score(prompt + out.token_ids)[len(prompt) - 1 :]
+        np.testing.assert_allclose([e.logprob for e in out.logprobs or ()], scores, atol=1e-5)
+        assert llm.logits([1, 2]).shape == (2, llm.config.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (b"abc", "prompt: b'abc' is not a list of token ids"),
+        (5, "prompt: 5 is not a list of token ids"),
+        (None, "prompt: None is not a list of token ids"),
+        ({"a": 1}, "prompt: {'a': 1} is not a list of token ids"),
+        ([1, True], "prompt[1]: True is not a whole number of at least 0"),
+        ([0.5], "prompt[0]: 0.5 is not a whole number of at least 0"),
+        ([b"abc"], "prompt[0]: b'abc' is not a whole number of at least 0"),
+        (["hello", b"abc"], "prompt: b'abc' is not a list of token ids"),
+        (["hello", None], "prompt: None is not a list of token ids"),
+        ([[1], [2, None]], "prompt[1]: None is not a whole number of at least 0"),
+    ],
+)
+def test_what_is_no_prompt_is_named(path: Path, prompt: Any, message: str) -> None:
+    with LLM(path, backend="reference") as llm, pytest.raises(UserError) as caught:
+        llm.generate(prompt)
+    assert str(caught.value) == message
+
+
+def test_ids_may_be_arrays(llm: LLM) -> None:
+    ids = [1, 2, 3]
+    wanted = llm.generate(ids).token_ids
+    assert llm.generate(np.array(ids)).token_ids == wanted  # type: ignore[call-overload]
+    both = llm.generate(np.array([ids, ids]))  # type: ignore[call-overload]
+    assert [completion.token_ids for completion in both] == [wanted] * 2
+    np.testing.assert_array_equal(llm.score(np.array(ids)), llm.score(ids))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(llm.logits(tuple(ids)), llm.logits(ids))
+
+
+def test_max_tokens_none_is_the_default(path: Path) -> None:
+    """16 for generate, the room in the context for a chat."""
+    with LLM(path, backend="reference", ctx=100) as llm:
+        out = llm.generate([1] * 10, max_tokens=None, ignore_eos=True)
+        assert (len(out.token_ids), out.finish_reason) == (16, "length")
+        reply = llm.chat(HELLO, max_tokens=None, ignore_eos=True)
+        assert reply.usage.prompt_tokens + reply.usage.completion_tokens == 100
+
+
+@pytest.mark.parametrize("how", ["generate", "chat", "stream"])
+def test_a_text_that_fails_is_raised_to_its_caller_only(
+    llm: LLM, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another caller's stream goes on, although the failing call does the steps meanwhile."""
+    wanted = llm.chat(HELLO, max_tokens=30, seed=3, ignore_eos=True)
+    other = llm.stream(HELLO, max_tokens=30, seed=3, ignore_eos=True)
+    pieces = [next(other)]
+
+    class Unreadable:
+        stopped = False
+
+        def feed(self, token: int) -> str:
+            raise ZeroDivisionError("unreadable")
+
+    def unreadable(*_: object, **__: object) -> Unreadable:
+        return Unreadable()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm_module, "TextOut", unreadable)
+        patch.setattr(llm_module, "ReplyText", unreadable)
+        call: dict[str, Callable[[], object]] = {
+            "generate": lambda: llm.generate(["hello", "the"]),
+            "chat": lambda: llm.chat(HELLO),
+            "stream": lambda: list(llm.stream(HELLO)),
+        }
+        with pytest.raises(ZeroDivisionError, match="unreadable"):
+            call[how]()
+    *more, last = other
+    assert last.reply is not None
+    assert last.reply.token_ids == wanted.token_ids
+    assert "".join(p.text for p in [*pieces, *more, last]) == wanted.text == last.reply.text
+    assert not llm._open_engine().has_work
 
 
 def test_one_bad_prompt_stops_the_batch_before_it_begins(llm: LLM) -> None:
@@ -366,7 +457,62 @@ def test_a_smaller_cache_changes_scores_a_little(path: Path, kv_dtype: KvDtype) 
     assert 0 < np.abs(rounded - exact).max() < 0.2
 
 
+def test_logits_are_checked_against_the_free_memory(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm_module, "free_memory", lambda: 4 * 10 * CONFIG.vocab_size)
+    assert len(llm.logits([1] * 10)) == 10
+    with pytest.raises(MemoryLimitError, match=r"those of 11 tokens take .* at most 10 tokens"):
+        llm.logits([1] * 11)
+    with pytest.raises(UserError, match="no tokens"):
+        llm.logits([])
+
+
 # Loading and refusals
+
+
+def test_all_cores_are_used_unless_told_otherwise(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the packing of the weights on, and in every step."""
+    happened: list[object] = []
+    monkeypatch.setattr(reference, "default_threads", lambda: 5)
+    monkeypatch.setattr(reference, "set_threads", happened.append)
+    options: dict[str, Any] = {
+        "backend": "reference",
+        "progress": lambda done, total, what: happened.append(what),
+    }
+    with LLM(path, **options) as llm:
+        assert llm.threads == 5
+        assert happened[:2] == [5, "loading"]
+        happened.clear()
+        llm.generate("a", max_tokens=3, ignore_eos=True)
+        assert happened == [5, 5, 5]
+    with LLM(path, threads=2, **options) as llm:
+        assert llm.threads == 2
+        llm.generate("a", max_tokens=1)
+    assert set(happened) == {5, 2, "loading"}
+
+
+@pytest.mark.parametrize("where", ["fit", "load_tokenizer", "load_model", "Runner", "Engine"])
+def test_a_load_that_fails_closes_its_file(
+    path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Path] = []
+    close = Checkpoint.close
+
+    def closing(checkpoint: Checkpoint) -> None:
+        closed.append(checkpoint.path)
+        close(checkpoint)
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "close", closing)
+    monkeypatch.setattr(llm_module, where, fail)
+    with pytest.raises(KeyboardInterrupt):
+        LLM(path, backend="reference")
+    assert closed == [path]
 
 
 def test_what_a_model_tells_of_itself(llm: LLM, backend: str) -> None:

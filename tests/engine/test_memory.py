@@ -1,5 +1,6 @@
 """What fits is decided before loading, and a refusal says what would fit."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from pronk.backends.protocol import BLOCK, KvDtype
 from pronk.core.config import ModelConfig
 from pronk.core.errors import MemoryLimitError
 from pronk.engine.blocks import blocks_for
-from pronk.engine.memory import DEFAULT_CONTEXT, Need, fit, free_memory
+from pronk.engine.memory import DEFAULT_CONTEXT, Need, check_logits, fit, free_memory
+from pronk.engine.scheduler import OBSERVED_CHUNK
 
 LLAMA_8B = ModelConfig(
     dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, ffn_dim=14336,
@@ -120,3 +122,21 @@ def test_a_context_that_was_asked_for_is_never_cut() -> None:
 def test_weights_that_do_not_fit_are_said_so() -> None:
     with pytest.raises(MemoryLimitError, match="a smaller or more strongly quantized model would"):
         fit(need_8b(), None, "f16", 4 * GB)
+
+
+def test_the_plan_counts_the_logits_that_are_observed() -> None:
+    """66 MB at this vocabulary, beside the rows that tokens are drawn from."""
+    need = need_8b(max_batch=1)
+    narrow = replace(need, config=replace(LLAMA_8B, vocab_size=256))
+    assert need.slack(512) - narrow.slack(512) == 4 * (OBSERVED_CHUNK + 3) * 128_000
+
+
+def test_logits_that_do_not_fit_are_refused_with_the_numbers() -> None:
+    check_logits(1000, 128256, None)
+    check_logits(1000, 128256, 4 * 1000 * 128256)
+    with pytest.raises(MemoryLimitError) as caught:
+        check_logits(8192, 128256, GB)
+    assert str(caught.value) == (
+        "logits: those of 8192 tokens take 4.20 GB, 1.00 GB are free; at most 1949 tokens would fit"
+    )
+    check_logits(1949, 128256, GB)

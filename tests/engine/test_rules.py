@@ -2,9 +2,12 @@
 on nothing but its own request."""
 
 import hashlib
+import linecache
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -13,11 +16,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
 from pronk.backends.protocol import BLOCK, Sampled
-from pronk.core.errors import ContextLengthError, UserError
+from pronk.core.errors import ContextLengthError, PronkError, UserError
+from pronk.engine import blocks as blocks_module
+from pronk.engine import engine as engine_module
+from pronk.engine import request as request_module
+from pronk.engine import scheduler as scheduler_module
 from pronk.engine.blocks import BlockPool, blocks_for
 from pronk.engine.engine import Engine
 from pronk.engine.request import Request, SamplingParams
-from pronk.engine.scheduler import Slice
+from pronk.engine.scheduler import OBSERVED_CHUNK, Outcome, Slice
 
 VOCAB = 50
 
@@ -38,10 +45,11 @@ class FakeModel:
     def __init__(self, n_blocks: int) -> None:
         self.kv = [-1] * (n_blocks * BLOCK)
         self.steps: list[list[Slice]] = []
+        self.fails: Callable[[Slice], bool] = lambda s: False
 
-    def run(self, slices: Sequence[Slice]) -> list[Sampled | None]:
+    def run(self, slices: Sequence[Slice]) -> list[Outcome]:
         self.steps.append(list(slices))
-        return [self._run(s) for s in slices]
+        return [ValueError("bad logits") if self.fails(s) else self._run(s) for s in slices]
 
     def _run(self, s: Slice) -> Sampled | None:
         assert s.n >= 1
@@ -408,7 +416,7 @@ def test_a_step_that_fails_leaves_the_engine_usable(error: type[BaseException]) 
     assert isinstance(model, FakeModel)
     good_run, n_steps = model.run, 0
 
-    def failing_run(slices: Sequence[Slice]) -> list[Sampled | None]:
+    def failing_run(slices: Sequence[Slice]) -> list[Outcome]:
         nonlocal n_steps
         n_steps += 1
         results = good_run(slices)  # what has been computed by then must not count
@@ -428,3 +436,232 @@ def test_a_step_that_fails_leaves_the_engine_usable(error: type[BaseException]) 
     again = make_request([5] * 50, 20)
     engine.run([again])
     assert again.output == expected([5] * 50, 20)
+
+
+# One request's trouble
+
+
+class Letter:
+    """A text of one letter a token, which cannot read some tokens or not end."""
+
+    stopped = False
+
+    def __init__(self, bad_token: int | None = None, bad_end: bool = False) -> None:
+        self._bad_token, self._bad_end = bad_token, bad_end
+
+    def feed(self, token: int) -> str:
+        if token == self._bad_token:
+            raise ZeroDivisionError("unreadable")
+        return "x"
+
+    def finish(self) -> str:
+        if self._bad_end:
+            raise ZeroDivisionError("unreadable")
+        return "."
+
+
+@pytest.mark.parametrize("bad_end", [False, True], ids=["a token", "the end"])
+def test_a_text_that_cannot_be_read_ends_its_own_request_only(bad_end: bool) -> None:
+    engine = make_engine(20)
+    wanted = expected([7] * 40, 12)
+    bad_token = None if bad_end else wanted[5]
+    text = Letter(bad_token, bad_end)
+    failing = Request([7] * 40, SamplingParams(max_tokens=12), text=text)
+    engine.add(failing)
+    others = [Request([i] * 40, SamplingParams(max_tokens=20), text=Letter()) for i in (1, 2)]
+    for request in others:
+        engine.add(request)
+    events = []
+    while engine.has_work:
+        events += engine.step()
+        check_accounts(engine)
+    (last,) = [e for e in events if e.request is failing and e.finish_reason]
+    assert (last.token, last.finish_reason) == (None, "error")
+    assert failing.output == wanted[: 12 if bad_end else wanted.index(wanted[5]) + 1]
+    with pytest.raises(ZeroDivisionError, match="unreadable"):
+        failing.raise_error()
+    for i, request in zip((1, 2), others, strict=True):
+        assert (request.output, request.finish_reason) == (expected([i] * 40, 20), "length")
+        assert request.text == "x" * 20 + "."
+        request.raise_error()
+    assert engine.scheduler.pool.n_referenced == 0
+
+
+def test_a_failure_is_raised_to_its_owner_and_to_nobody_else() -> None:
+    engine = make_engine(20)
+    other, failing = make_request([3] * 10, 30), make_request([4] * 10, 30)
+    model = engine._model
+    assert isinstance(model, FakeModel)
+    model.fails = lambda s: s.request is failing and s.start > 12
+    engine.add(other)
+    with pytest.raises(ValueError, match="bad logits"):
+        engine.run([make_request([5] * 10, 30), failing])
+    assert failing.finish_reason == "error"
+    engine.run([other_too := make_request([6], 5)])
+    while engine.has_work:
+        engine.step()
+    assert other.output == expected([3] * 10, 30)
+    assert other_too.output == expected([6], 5)
+    check_accounts(engine)
+
+
+def test_a_failure_in_the_step_of_another_thread_reaches_its_owner() -> None:
+    """The owner finds its request ended, and looks why."""
+    engine = make_engine(20)
+    failing = make_request([4] * 10, 3)
+    model = engine._model
+    assert isinstance(model, FakeModel)
+    model.fails = lambda s: s.request is failing
+    step = engine.step
+
+    def two_steps() -> list[Any]:
+        return step() + step()
+
+    engine.step = two_steps  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="bad logits"):
+        engine.run([failing])
+
+
+def test_what_a_failed_slice_computed_is_not_found_again() -> None:
+    engine = make_engine(20)
+    model = engine._model
+    assert isinstance(model, FakeModel)
+    failing = make_request([4] * 70, 3)
+    model.fails = lambda s: s.request is failing and s.sample
+    with pytest.raises(ValueError, match="bad logits"):
+        engine.run([failing])
+    again = make_request([4] * 70, 3)
+    engine.run([again])
+    assert (again.cached, again.output) == (0, expected([4] * 70, 3))
+
+
+def test_a_long_enough_answer_ends_whatever_its_text_does() -> None:
+    class Silent(Letter):
+        def feed(self, token: int) -> str:
+            return ""
+
+    request = Request([1], SamplingParams(max_tokens=3), text=Silent())
+    make_engine(4).run([request])
+    assert (request.text, request.finish_reason) == (".", "length")
+
+
+# Interruptions
+
+
+BOOK_KEEPING = {
+    module.__file__ for module in (blocks_module, engine_module, request_module, scheduler_module)
+}
+
+
+def _is_atomic(line: str) -> bool:
+    """Where the interpreter looks for no signal, though it traces: around taking and releasing a
+    lock, and in front of a `try`."""
+    return "with self._lock" in line or line.strip() == "try:"
+
+
+class Interrupter:
+    """A trace function that raises KeyboardInterrupt after so many lines of the book-keeping."""
+
+    def __init__(self, gaps: list[int]) -> None:
+        self.gaps = gaps
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> Any:
+        code = frame.f_code
+        if code.co_filename not in BOOK_KEEPING:
+            return None
+        if event == "line" and not _is_atomic(linecache.getline(code.co_filename, frame.f_lineno)):
+            self.gaps[0] -= 1
+            if self.gaps[0] <= 0:
+                self.gaps.pop(0)
+                raise KeyboardInterrupt
+        return self
+
+    def interrupts(self, call: Callable[[], object]) -> bool:
+        if not self.gaps:
+            call()
+            return False
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            call()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    gaps=st.lists(st.integers(1, 600), min_size=1, max_size=8),
+    again=st.booleans(),
+    prefix_cache=st.booleans(),
+)
+def test_an_interruption_anywhere_leaves_the_books_in_order(
+    gaps: list[int], again: bool, prefix_cache: bool
+) -> None:
+    """No block is lost, no request is forgotten; an answer is right, or it is the one (for each
+    interruption) that was being written, and says so. With `again` the recovery is interrupted."""
+    engine = make_engine(6, max_batch=3, token_budget=40, prefix_cache=prefix_cache)
+    interrupter, n_interruptions = Interrupter(list(gaps)), len(gaps)
+    asked = [([1] * 70, 30), ([1] * 70 + [2], 9), ([3], 40), ([1] * 40, 50), ([4] * 64, 3)]
+    requests: list[tuple[Request, list[int]]] = []
+    for prompt, n in asked:
+        request = Request(prompt, SamplingParams(max_tokens=n), text=Letter())
+        if interrupter.interrupts(lambda r=request: engine.add(r)):  # type: ignore[misc]
+            engine.abort(request)  # as its owner does
+        else:
+            requests.append((request, expected(prompt, n)))
+    n_steps = 0
+    while engine.has_work:
+        if interrupter.interrupts(engine.step):
+            engine._in_order = engine._in_order and not again
+        else:
+            check_accounts(engine)
+        n_steps += 1
+        assert n_steps < 2000, "no progress"
+        if n_steps == 20 and requests:
+            interrupter.interrupts(lambda: engine.abort(requests[0][0]))
+    engine.abort(requests[0][0] if requests else make_request([1]))  # a turn without interruption
+    check_accounts(engine)
+    assert engine.scheduler.pool.n_referenced == 0
+    failed = [request for request, _ in requests if request.finish_reason == "error"]
+    assert len(failed) <= n_interruptions - len(interrupter.gaps)
+    for request in failed:
+        with pytest.raises(PronkError, match="interrupted while it was written"):
+            request.raise_error()
+    for request, wanted in requests:
+        assert request.finished
+        assert request.output == wanted[: len(request.output)]
+        if request.finish_reason == "length":
+            assert request.output == wanted
+            assert request.text == "x" * len(wanted) + "."
+    after = make_request([1] * 70, 30)
+    engine.run([after])
+    assert after.output == expected([1] * 70, 30)
+
+
+# Observers
+
+
+def test_observed_rows_are_bounded_for_all_requests_of_a_step_together() -> None:
+    engine = make_engine(60, token_budget=512)
+    watched = [Request([i] * 200, None, observer=lambda *_: None) for i in range(3)]
+    quiet = make_request([9] * 300, 2)
+    for request in (*watched, quiet):
+        engine.add(request)
+    model = engine._model
+    assert isinstance(model, FakeModel)
+    while engine.has_work:
+        engine.step()
+        rows = [s.n for s in model.steps[-1] if s.request.observer]
+        assert sum(rows) <= OBSERVED_CHUNK
+        check_accounts(engine)
+    seen = dict.fromkeys(watched, 0)
+    for step in model.steps:
+        for s in step:
+            if s.request.observer:
+                seen[s.request] += s.n
+    assert list(seen.values()) == [200] * 3
+    assert len(model.steps) == -(-600 // OBSERVED_CHUNK)
+    assert quiet.output == expected([9] * 300, 2)

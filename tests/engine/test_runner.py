@@ -1,6 +1,9 @@
 """Engine and forward together on tiny random models: exact equality of every answer, however the
 work was cut into steps."""
 
+import os
+import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
@@ -11,7 +14,8 @@ from tiny_models import CONFIG, random_checkpoint
 
 from pronk.backends.protocol import BLOCK, F32, KvDtype
 from pronk.backends.select import select_backend
-from pronk.core.errors import UserError
+from pronk.core.errors import PronkError, UserError
+from pronk.engine import runner as runner_module
 from pronk.engine.engine import Engine
 from pronk.engine.load import load_model
 from pronk.engine.request import Request, SamplingParams
@@ -43,11 +47,14 @@ def make_engine(
     *,
     n_blocks: int = 64,
     kv_dtype: KvDtype = "f16",
-    threads: int | None = None,
+    threads: int = 1,
     **options: Any,
 ) -> Engine:
     backend: Any = ops
-    runner = Runner(backend, CONFIG, weights, n_blocks=n_blocks, kv_dtype=kv_dtype, threads=threads)
+    runner = Runner(
+        backend, CONFIG, weights, n_blocks=n_blocks, n_tokens=CONFIG.vocab_size, threads=threads,
+        kv_dtype=kv_dtype,
+    )  # fmt: skip
     return Engine(
         runner,
         vocab_size=CONFIG.vocab_size,
@@ -96,8 +103,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"prefix_cache": False},
     {"n_blocks": 6},
     {"n_blocks": 6, "token_budget": 40, "prefix_cache": False},
-    {"threads": 1},
     {"threads": 2},
+    {"threads": 3},
 ]
 
 
@@ -213,3 +220,149 @@ def test_a_step_without_finished_prompts_wants_no_logits(
     engine.add(Request(make_prompts()[7], SamplingParams(max_tokens=1)))
     assert engine.step() == []
     assert engine.scheduler.running[0].computed == 16
+
+
+# One request's trouble
+
+DAMAGED = 11
+"""A token whose embedding is not a number."""
+
+
+def damaged_weights(ops: ModuleType) -> LlamaWeights:
+    checkpoint = random_checkpoint()
+    table = checkpoint.get("embed").data.view(np.float32)
+    table[DAMAGED] = np.nan
+    return load_model(checkpoint, ops, n_positions=CONFIG.context)
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_logits_that_are_not_finite_end_their_own_request_only(
+    ops: ModuleType, sampled: bool
+) -> None:
+    params = SamplingParams(
+        max_tokens=30, temperature=1.3 if sampled else 0.0, seed=4, logprobs=1,
+        logit_bias=((DAMAGED, -100.0),), repetition_penalty=1.1 if sampled else 1.0,
+    )  # fmt: skip
+
+    def requests() -> list[Request]:
+        return [Request(prompt, params) for prompt in make_prompts() if DAMAGED not in prompt]
+
+    def answer(request: Request) -> object:
+        return request.output, request.logprobs, request.finish_reason
+
+    alone = []
+    for request in requests():
+        engine = make_engine(ops, damaged_weights(ops))
+        engine.run([request])
+        alone.append(answer(request))
+    assert len(alone) >= 5
+    engine, together = make_engine(ops, damaged_weights(ops)), requests()
+    bad = Request([3, DAMAGED, 5], SamplingParams(max_tokens=20))
+    for request in (*together[:2], bad, *together[2:]):
+        engine.add(request)
+    while engine.has_work:
+        engine.step()
+    assert [answer(request) for request in together] == alone
+    with pytest.raises(PronkError, match="not finite"):
+        bad.raise_error()
+    assert (bad.output, bad.finish_reason) == ([], "error")
+
+
+def test_an_observer_that_fails_ends_its_own_request_only(
+    ops: ModuleType, weights: LlamaWeights
+) -> None:
+    prompt = make_prompts()[7]
+    seen: list[int] = []
+
+    def failing(start: int, logits: F32) -> None:
+        seen.append(start)
+        if start:
+            raise ZeroDivisionError("observer")
+
+    def quiet() -> Request:
+        return Request(make_prompts()[6], SamplingParams(max_tokens=30, logprobs=1))
+
+    alone = quiet()
+    make_engine(ops, weights).run([alone])
+    engine = make_engine(ops, weights, token_budget=50)
+    bad = Request(prompt, SamplingParams(max_tokens=5), observer=failing)
+    other, watched_TV = quiet(), np.full((75, CONFIG.vocab_size), np.nan, np.float32)
+
+    def watching(start: int, logits: F32) -> None:
+        watched_TV[start : start + len(logits)] = logits
+
+    watched = Request(make_prompts()[6], None, observer=watching)
+    engine.add(bad)
+    engine.add(other)
+    engine.add(watched)
+    while engine.has_work:
+        engine.step()
+    assert bad.finish_reason == "error"
+    assert seen == [0, 50]
+    with pytest.raises(ZeroDivisionError, match="observer"):
+        bad.raise_error()
+    assert (other.output, other.logprobs) == (alone.output, alone.logprobs)
+    np.testing.assert_array_equal(watched_TV, collect(make_engine(ops, weights), make_prompts()[6]))
+    assert engine.scheduler.pool.n_referenced == 0
+
+
+def test_tokens_that_the_tokenizer_does_not_know_are_never_drawn(
+    ops: ModuleType, weights: LlamaWeights
+) -> None:
+    n_tokens = CONFIG.vocab_size - 40
+    backend: Any = ops
+
+    def outputs(n: int) -> list[Request]:
+        runner = Runner(backend, CONFIG, weights, n_blocks=64, n_tokens=n, threads=1)
+        engine = Engine(runner, vocab_size=n_tokens, context=CONFIG.context, n_blocks=64)
+        params = SamplingParams(max_tokens=60, temperature=5.0, seed=1, logprobs=5)
+        requests = [Request([i], params) for i in range(4)]
+        requests.append(Request([5], SamplingParams(max_tokens=60, logprobs=5)))
+        engine.run(requests)
+        return requests
+
+    def largest(requests: list[Request]) -> int:
+        tops = [id for r in requests for entry in r.logprobs for id, _ in entry.top]
+        return max([*tops, *(id for r in requests for id in r.output)])
+
+    assert largest(outputs(CONFIG.vocab_size)) >= n_tokens
+    assert largest(outputs(n_tokens)) < n_tokens
+
+
+# Processes and threads
+
+
+def test_a_forked_child_can_step() -> None:
+    """Although a thread of its parent was in the middle of a step."""
+    held, done = threading.Event(), threading.Event()
+
+    def step() -> None:
+        with runner_module._step_lock:
+            held.set()
+            done.wait(30)
+
+    stepping = threading.Thread(target=step)
+    stepping.start()
+    held.wait(30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: fork beside threads
+        child = os.fork()
+    if child == 0:
+        os._exit(0 if runner_module._step_lock.acquire(timeout=2) else 1)
+    _, status = os.waitpid(child, 0)
+    assert runner_module._step_lock.locked(), "the parent's own lock is as it was"
+    done.set()
+    stepping.join()
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_every_step_sets_the_threads_of_its_own_model(
+    ops: ModuleType, weights: LlamaWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(ops, "set_threads", told.append)
+    engines = [make_engine(ops, weights, threads=n) for n in (1, 3)]
+    for engine in (*engines, *engines):
+        engine.add(Request([1, 2], SamplingParams(max_tokens=1)))
+        engine.step()
+    assert told == [1, 3, 1, 3]

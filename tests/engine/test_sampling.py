@@ -89,6 +89,20 @@ def test_values_are_normalized_and_none_takes_the_default() -> None:
     assert (type(params.top_p), type(params.top_k)) == (float, int)
 
 
+def test_penalties_get_the_ids_without_a_copy_for_each_token() -> None:
+    request = Request(range(500), SamplingParams(repetition_penalty=1.5))
+    request.limit = 600
+    first = request.sample_params()
+    for token in range(50):
+        request.append(Sampled(token))  # also while the parameters of the step before are around
+    last = request.sample_params()
+    assert last.prompt_ids is first.prompt_ids
+    assert last.output_ids is first.output_ids
+    assert np.asarray(last.output_ids).dtype == np.int32
+    assert (list(last.prompt_ids), list(last.output_ids)) == ([*range(500)], [*range(50)])
+    assert (list(request.ids), request.output) == ([*range(500), *range(50)], [*range(50)])
+
+
 def test_a_request_without_a_seed_gets_one_and_keeps_it() -> None:
     seeds = {Request([1], SamplingParams()).seed for _ in range(20)}
     assert len(seeds) > 15
@@ -111,10 +125,40 @@ def test_penalties_see_the_prompt_and_the_output() -> None:
     assert (len(params.prompt_ids), len(params.output_ids), params.draw) == (0, 0, 1)
 
 
-@pytest.mark.parametrize("prompt", [["a"], [1.5], [2**40], "text"])
-def test_a_prompt_of_something_else_is_refused(prompt: Any) -> None:
-    with pytest.raises(UserError, match=r"prompt: .* is not a list of token ids"):
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("text", r"prompt: 'text' is not a list of token ids"),
+        (b"abc", r"prompt: b'abc' is not a list of token ids"),
+        (b"abcd", r"prompt: b'abcd' is not a list of token ids"),
+        (5, r"prompt: 5 is not a list of token ids"),
+        (None, r"prompt: None is not a list of token ids"),
+        ({1: 2}, r"prompt: \{1: 2\} is not a list of token ids"),
+        ([1, "a"], r"prompt\[1\]: 'a' is not a whole number"),
+        ([1, 2, 1.0], r"prompt\[2\]: 1.0 is not a whole number"),
+        ([1, True], r"prompt\[1\]: True is not a whole number"),
+        (np.array([0.5]), r"prompt\[0\]: .*0.5.* is not a whole number"),
+        (np.array([True]), r"prompt\[0\]: .*True.* is not a whole number"),
+        ([1, 2**40], r"prompt\[1\]: 1099511627776 is not a token id"),
+    ],
+)
+def test_a_prompt_of_something_else_is_refused(prompt: Any, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
         Request(prompt, SamplingParams())
+
+
+@pytest.mark.parametrize(
+    "prompt", [[1, 2], (1, 2), range(1, 3), np.array([1, 2]), [np.int32(1), 2]]
+)
+def test_a_prompt_of_whole_numbers_is_taken_as_it_comes(prompt: Any) -> None:
+    assert list(Request(prompt, SamplingParams()).ids) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "used"), [(0.0, 0.0), (1e-9, 0.0), (9e-6, 0.0), (1e-5, 1e-5), (0.7, 0.7)]
+)
+def test_the_lowest_temperatures_are_greedy(given: float, used: float) -> None:
+    assert Request([1], SamplingParams(temperature=given)).sample_params().temperature == used
 
 
 # Draws
@@ -279,11 +323,6 @@ def test_stop_strings(texts: list[str], stop: tuple[str, ...], answer: str, stop
 def test_only_what_may_still_become_a_stop_string_is_held_back() -> None:
     _, pieces, _ = read(["abc<", "/", "s", "x<"], ("</s>",))
     assert pieces == ["abc", "", "", "</sx", "<"]
-
-
-def test_ids_beyond_the_tokenizer_have_no_text() -> None:
-    out = TextOut(Letters(["a", "b"]), n_tokens=2)
-    assert out.feed(0) + out.feed(2) + out.feed(1) + out.finish() == "ab"
 
 
 @settings(max_examples=500, deadline=None)

@@ -39,11 +39,20 @@ def test_the_capital_of_france(smollm2_path: Path) -> None:
     assert reply.finish_reason == "stop"
 
 
+def test_answers_do_not_depend_on_threads(smollm2_path: Path) -> None:
+    answers = []
+    for threads in (1, 2, 3):
+        with load(smollm2_path, threads=threads) as llm:
+            assert llm.threads == threads
+            answers.append(llm.chat(chat(QUESTIONS[2]), max_tokens=24, seed=7).token_ids)
+    assert answers[1:] == answers[:1] * 2
+
+
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 7}], ids=["greedy", "seeded"])
 def test_answers_do_not_depend_on_batch_chunks_or_threads(
     smollm2_path: Path, options: dict[str, Any]
 ) -> None:
-    with load(smollm2_path) as llm:
+    with load(smollm2_path, threads=1) as llm:
         form = llm.chat_format
         assert form is not None
         alone = [llm.chat(chat(q), max_tokens=24, **options) for q in QUESTIONS]
@@ -51,7 +60,11 @@ def test_answers_do_not_depend_on_batch_chunks_or_threads(
 
         prompts = [form.render([Message("user", q)]).ids for q in QUESTIONS]
     as_generate = {"temperature": 0.6, "top_p": 0.9, **options}
-    for loaded in ({}, {"token_budget": 7}, {"token_budget": 33, "threads": 1, "max_batch": 2}):
+    for loaded in (
+        {"threads": 2},
+        {"threads": 2, "token_budget": 7},
+        {"threads": 3, "token_budget": 33, "max_batch": 2},
+    ):
         with load(smollm2_path, **loaded) as llm:
             together = llm.generate(prompts, max_tokens=24, **as_generate)
         assert [c.token_ids for c in together] == [r.token_ids for r in alone], loaded

@@ -343,10 +343,32 @@ def test_a_token_that_the_vocabulary_lacks() -> None:
 
 
 def test_choice_of_the_format() -> None:
-    llama = "{{ '<|start_header_id|>' }}"
+    llama = "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
     assert isinstance(chat_format_for(TOKENIZER), Llama31Format)
     assert isinstance(chat_format_for(ByteTokenizer(chat_template=llama)), Llama31Format)
     assert isinstance(chat_format_for(ByteTokenizer(chat_template="{{ 1 }}")), JinjaFormat)
     chatml = ByteTokenizer(CHATML_SPECIALS, chat_template="{{ messages[0].content }}")
     assert isinstance(chat_format_for(chatml), JinjaFormat)
     assert chat_format_for(ByteTokenizer(CHATML_SPECIALS)) is None
+
+
+@pytest.mark.parametrize(
+    ("template", "native"),
+    [
+        ("{{ '<|start_header_id|>' ~ message.role ~ '<|end_header_id|>' }}", True),
+        ("{% set c = '<|start_header_id|>' + message[\"role\"] %}", True),
+        ("<|start_header_id|>{{- m.role }}<|end_header_id|>", True),
+        ("{{ '<|start_header_id|>' ~ role ~ '<|end_header_id|>' }}", True),
+        (
+            "<|start_header_id|>user<|end_header_id|>\n\nTask: is there unsafe content in the "
+            "messages?\n<BEGIN UNSAFE CONTENT CATEGORIES>\n{% for m in messages %}{{ m.role }}: "
+            "{{ m.content }}{% endfor %}<|eot_id|><|start_header_id|>assistant<|end_header_id|>",
+            False,
+        ),
+        ("{{ '<|start_header_id|>' }}", False),
+    ],
+)
+def test_headers_of_one_role_are_another_format(template: str, native: bool) -> None:
+    """Llama Guard's template writes the chat into one message."""
+    chosen = chat_format_for(ByteTokenizer(chat_template=template))
+    assert isinstance(chosen, Llama31Format if native else JinjaFormat)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -12,27 +13,37 @@ from hypothesis import strategies as st
 
 from chat_samples import NAMES, OUTPUTS, ByteTokenizer, cut
 from pronk.text import tools as prompts
-from pronk.text.messages import ToolCall
-from pronk.text.parse import (
+from pronk.text.events import (
     Event,
     Reply,
-    ReplyParser,
     SpecialToken,
     TextDelta,
-    TokenReplyParser,
     ToolCallAbort,
     ToolCallArgumentsDelta,
     ToolCallEnd,
     ToolCallStart,
-    parse_reply,
-    split_specials,
 )
+from pronk.text.messages import ToolCall
+from pronk.text.parse import ReplyParser, parse_reply, split_specials
+from pronk.text.tools import BUILTIN_CALLS
+from pronk.text.vocabulary import Tokenizer
 
 Pieces = list[str | SpecialToken]
 
 
+def parser_of(tools: Iterable[str] | None) -> ReplyParser:
+    """A parser that counts its calls, with the built-in ones of `tools` offered as such."""
+    own = None if tools is None else [name for name in tools if name not in BUILTIN_CALLS]
+    known = [name for name in tools or () if name in BUILTIN_CALLS]
+    return ReplyParser(own, known, call_id="call_{}".format)
+
+
+def read(pieces: str | Iterable[str | SpecialToken], tools: Iterable[str] | None) -> Reply:
+    return Reply.of(events_of([pieces] if isinstance(pieces, str) else pieces, tools))
+
+
 def events_of(pieces: Iterable[str | SpecialToken], tools: Iterable[str] | None) -> list[Event]:
-    parser = ReplyParser(None if tools is None else tuple(tools))
+    parser = parser_of(tools)
     return [event for piece in pieces for event in parser.push(piece)] + parser.finish()
 
 
@@ -70,7 +81,7 @@ def check_consistent(events: list[Event]) -> None:
 
 @pytest.mark.parametrize(("raw", "text", "calls"), OUTPUTS, ids=range(len(OUTPUTS)))
 def test_every_form(raw: str, text: str, calls: list[Any]) -> None:
-    reply = parse_reply(split_specials(raw), tools=NAMES)
+    reply = read(split_specials(raw), NAMES)
     assert [(call.name, call.arguments) for call in reply.tool_calls] == calls
     assert reply.text == (raw if text == "*" else text)
 
@@ -78,31 +89,27 @@ def test_every_form(raw: str, text: str, calls: list[Any]) -> None:
 @pytest.mark.parametrize(("raw", "text", "calls"), OUTPUTS, ids=range(len(OUTPUTS)))
 def test_no_tools_no_calls(raw: str, text: str, calls: list[Any]) -> None:
     pieces = split_specials(raw)
-    reply = parse_reply(pieces, tools=())
+    reply = read(pieces, ())
     assert reply == Reply("".join(p for p in pieces if isinstance(p, str)), ())
 
 
 def test_any_name_without_a_list_of_tools() -> None:
-    assert parse_reply('{"name": "anything", "arguments": {"x": 1}}', tools=None).tool_calls == (
+    assert read('{"name": "anything", "arguments": {"x": 1}}', None).tool_calls == (
         ToolCall("anything", {"x": 1}, "call_0"),
     )
-    assert parse_reply("[f(a=1), g.h()]", tools=None).tool_calls == (
+    assert read("[f(a=1), g.h()]", None).tool_calls == (
         ToolCall("f", {"a": 1}, "call_0"),
         ToolCall("g.h", {}, "call_1"),
     )
     pieces: Pieces = [SpecialToken("<|python_tag|>"), 'my_tool.call(query="x")']
-    assert parse_reply(pieces, tools=None).tool_calls == (
-        ToolCall("my_tool", {"query": "x"}, "call_0"),
-    )
-    assert parse_reply('people.call(query="x")', tools=None) == Reply('people.call(query="x")', ())
+    assert read(pieces, None).tool_calls == (ToolCall("my_tool", {"query": "x"}, "call_0"),)
+    assert read('people.call(query="x")', None) == Reply('people.call(query="x")', ())
 
 
 def test_code_needs_the_code_interpreter() -> None:
     pieces: Pieces = [SpecialToken("<|python_tag|>"), "print(1)"]
-    assert parse_reply(pieces, tools=["add"]) == Reply("print(1)", ())
-    assert parse_reply(pieces, tools=["code_interpreter"]).tool_calls[0].arguments == {
-        "code": "print(1)"
-    }
+    assert read(pieces, ["add"]) == Reply("print(1)", ())
+    assert read(pieces, ["code_interpreter"]).tool_calls[0].arguments == {"code": "print(1)"}
 
 
 def test_call_ids() -> None:
@@ -112,13 +119,13 @@ def test_call_ids() -> None:
 
 def test_python_tag_spelled_out_begins_a_call_but_never_code() -> None:
     spelled = "<|python_" + "tag|>"
-    assert parse_reply(spelled + "[add(a=1)]", tools=NAMES).tool_calls[0].arguments == {"a": 1}
+    assert read(spelled + "[add(a=1)]", NAMES).tool_calls[0].arguments == {"a": 1}
     explained = f"The {spelled} token marks a call: {spelled}print(1)"
-    assert parse_reply(explained, tools=NAMES) == Reply(explained, ())
+    assert read(explained, NAMES) == Reply(explained, ())
 
 
 def test_prose_is_passed_on_at_once() -> None:
-    parser = ReplyParser(NAMES)
+    parser = parser_of(NAMES)
     for piece in [
         "The",
         " city",
@@ -149,7 +156,7 @@ def test_prose_is_passed_on_at_once() -> None:
     ],
 )
 def test_only_what_may_become_a_call_is_held(held: str, then: str) -> None:
-    parser = ReplyParser(NAMES)
+    parser = parser_of(NAMES)
     first = Reply.of(parser.push(held)).text
     assert first != held
     assert held.startswith(first)
@@ -157,7 +164,7 @@ def test_only_what_may_become_a_call_is_held(held: str, then: str) -> None:
 
 
 def test_arguments_are_streamed_before_the_call_is_complete() -> None:
-    parser = ReplyParser(NAMES)
+    parser = parser_of(NAMES)
     assert parser.push('{"name": "add", "parameters": {"a": "one') == [
         ToolCallStart(0, "call_0", "add"),
         ToolCallArgumentsDelta(0, '{"a": "one'),
@@ -218,10 +225,10 @@ def test_pieces_do_not_matter() -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet=st.sampled_from("{}[]()<>=\"'`\\,;:. \nabgetd_1|/é"), max_size=60))
 def test_text_without_a_call_is_kept_to_the_letter(text: str) -> None:
-    reply = parse_reply(text, tools=["get", "add"])
+    reply = read(text, ["get", "add"])
     if not reply.tool_calls:
         assert reply.text == text
-    assert parse_reply(list(text), tools=["get", "add"]) == reply
+    assert read(list(text), ["get", "add"]) == reply
 
 
 ARGUMENTS = st.dictionaries(
@@ -255,21 +262,108 @@ def test_written_calls_are_read_back(arguments: Any, seed: int) -> None:
         "; ".join(map(prompts.builtin_call, calls)),
     ]
     for text in texts:
-        reply = parse_reply(cut(text, rng), tools=NAMES)
+        reply = read(cut(text, rng), NAMES)
         assert reply == Reply("", tuple(calls)), text
+
+
+def pieces_of(tokenizer: Tokenizer, ids: Iterable[int]) -> Pieces:
+    """Token ids as they reach the parser."""
+    stream, pieces = tokenizer.stream(), []
+    texts = {id: text for text, id in tokenizer.special_ids.items()}
+    for id in ids:
+        pieces += [stream.push(id)]
+        pieces += [SpecialToken(texts[id])] if id in texts else []
+    return [*pieces, stream.flush()]
 
 
 def test_token_ids() -> None:
     tokenizer = ByteTokenizer()
     text = 'Grüße 🙂\n<|python_tag|>{"name": "add", "parameters": {"a": "é"}}<|eom_id|>'
-    parser = TokenReplyParser(tokenizer, NAMES)
-    events = [e for id in tokenizer.encode(text, special=True) for e in parser.push(id)]
-    events += parser.finish()
+    events = events_of(pieces_of(tokenizer, tokenizer.encode(text, special=True)), NAMES)
     assert Reply.of(events) == Reply("Grüße 🙂", (ToolCall("add", {"a": "é"}, "call_0"),))
     assert "�" not in "".join(e.text for e in events if isinstance(e, TextDelta))
-    cut_short = TokenReplyParser(tokenizer, NAMES)
-    events = [e for id in "é".encode()[:1] for e in cut_short.push(id)]
-    assert Reply.of(events + cut_short.finish()) == Reply("�", ())
+    assert read(pieces_of(tokenizer, "é".encode()[:1]), NAMES) == Reply("�", ())
+
+
+def test_arguments_of_own_tools_keep_their_names() -> None:
+    """Only built-in tools that were offered have one known argument."""
+    text = '{"name": "photogen", "parameters": {"prompt": "a cat"}}'
+    own = parse_reply(text, tools=["photogen"])
+    assert [call.arguments for call in own.tool_calls] == [{"prompt": "a cat"}]
+    known = parse_reply(text, tools=["add"], builtins=["photogen"])
+    assert [call.arguments for call in known.tool_calls] == [{"query": "a cat"}]
+    code: Pieces = [SpecialToken("<|python_tag|>"), "print(1)"]
+    assert parse_reply(code, tools=["code_interpreter"]) == Reply("print(1)", ())
+
+
+def test_call_ids_are_random_and_told_once() -> None:
+    first, second = (parse_reply("[f(), f()]", tools=["f"]).tool_calls for _ in range(2))
+    ids = [call.id for call in (*first, *second)]
+    assert len(set(ids)) == 4
+    assert all(re.fullmatch("call_[0-9a-f]{24}", id or "") for id in ids)
+    parser = ReplyParser(["f"])
+    events = parser.push('{"name": "f"}') + parser.finish()
+    started, ended = events[0], events[-1]
+    assert isinstance(started, ToolCallStart)
+    assert isinstance(ended, ToolCallEnd)
+    assert started.id == ended.call.id
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "add(x=data)\nprint(1)",
+        "add(x=1)\nprint(1)",
+        "add(x=1); add(x=2)\nadd",
+        "[add(x=1)]\nprint(1)",
+        "[add(x=1), other(y=2)]",
+        "add.call(x=1).result",
+    ],
+)
+def test_code_that_begins_like_a_call_is_code(code: str) -> None:
+    pieces: Pieces = [SpecialToken("<|python_tag|>"), *code]
+    expected = (ToolCall("code_interpreter", {"code": code}, "call_0"),)
+    events = events_of(pieces, NAMES)
+    check_consistent(events)
+    assert Reply.of(events) == Reply("", expected)
+
+
+@pytest.mark.parametrize("text", ['{"name": "ad', '{"name": "add", "par', '[{"name": "ad', "<func"])
+def test_a_call_cut_off_is_no_code(text: str) -> None:
+    assert read([SpecialToken("<|python_tag|>"), text], NAMES) == Reply(text, ())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'Config: {"steps": [{"name": "add", "arguments": {}}], "n": 2}',
+        'Config: {"steps": [{"name": "add", "arguments": {}}], "n": ',
+        '```json\n{"steps": [{"name": "add", "arguments": {}}], "n": 2}\n```',
+        '{"n": "a \\"b\\" }", "add": {"name": "add"}}',
+        "[add(a=1), unknown(b=2)]",
+        '[add(a={"name": "add"}), unknown(b={"name": "add"})]',
+        '[{"name": "add", "arguments": {}}, {"name": "unknown", "arguments": {}}]',
+        '[{"name": "add", "arguments": {}}, 3]',
+    ],
+)
+def test_a_call_inside_other_data_is_data(text: str) -> None:
+    for pieces in ([text], list(text)):
+        assert events_of(pieces, NAMES) != []
+        assert read(pieces, NAMES) == Reply(text, ())
+    assert len(read(text + ' done {"name": "add"}', NAMES).tool_calls) == 1
+
+
+@pytest.mark.parametrize("prose", ['{"foo bar" he said. ', "[see: this ", "{x then ", "[1] and "])
+def test_brackets_in_prose_hide_no_call(prose: str) -> None:
+    reply = read(prose + '{"name": "add"}', NAMES)
+    assert reply == Reply(prose.strip(), (ToolCall("add", {}, "call_0"),))
+
+
+@pytest.mark.parametrize("fence", ["```JSON", "````json", "```Tool_Call", "`````"])
+def test_fences(fence: str) -> None:
+    ticks = fence.rstrip("abcdefghijklmnopqrstuvwxyzJSONTC_")
+    reply = read(f'{fence}\n{{"name": "add"}}\n{ticks}\nDone', NAMES)
+    assert reply == Reply("Done", (ToolCall("add", {}, "call_0"),))
 
 
 @pytest.mark.parametrize(
@@ -288,5 +382,5 @@ def test_token_ids() -> None:
 )
 def test_hostile_output_takes_no_quadratic_time(text: str) -> None:
     begun = time.perf_counter()
-    assert parse_reply(text, tools=NAMES) == Reply(text, ())
+    assert read(text, NAMES) == Reply(text, ())
     assert time.perf_counter() - begun < 20  # about 1 s; quadratic would be minutes

@@ -219,6 +219,11 @@ def grow(start: str, step: str) -> str:
     return f"{{% set n = namespace(x={start}) %}}{{% for a in range(99) %}}{step}{{% endfor %}}"
 
 
+# Two equal tuples of 2 to the 60th entries, in little memory.
+TWINS = (
+    "{% set n, m = namespace(x=(1,)), namespace(x=(1,)) %}{% for a in range(60) %}"
+    "{% set n.x = (n.x, n.x) %}{% set m.x = (m.x, m.x) %}{% endfor %}"
+)
 NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
@@ -268,8 +273,39 @@ NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% e
         "{{ ([[1] * 99999] * 99999)|sum(start=[]) }}",
         "{{ raise_exception(['y' * 99999] * 99999) }}",
         grow("['y']", "{% set n.x = [n.x, n.x] %}") + "{{ n.x }}",
+        TWINS + "{{ n.x == m.x }}",
+        TWINS + "{{ n.x in [m.x] }}",
+        TWINS + "{{ 1 if n.x < m.x }}",
+        TWINS + "{{ [n.x]|select('equalto', m.x)|list|length }}",
+        TWINS + "{{ n.x is in [m.x] }}",
+        TWINS + "{{ [n.x].index(m.x) }}",
+        TWINS + "{{ [n.x, m.x]|unique|list|length }}",
+        TWINS + "{{ [n.x, m.x]|sort|length }}",
+        TWINS + "{{ {n.x: 1}|length }}",
+        TWINS + "{{ {}[n.x] }}",
+        TWINS + "{{ {}.get(n.x) }}",
+        TWINS + "{{ dict([(n.x, 1)])|length }}",
+        TWINS + "{{ namespace([(n.x, 1)]) }}",
+        TWINS + "{{ {'a': n.x}.values() }}",
+        TWINS + "{{ {'a': n.x}.items() }}",
+        TWINS + "{{ {'a': n.x}.items() == {'a': m.x}.items() }}",
+        TWINS + "{{ {'a': n.x}.items() - {'a': m.x}.items() }}",
+        TWINS + "{{ n.x is lower }}",
+        TWINS + "{% for a in [n.x, m.x] %}{% if loop.changed(a) %}{% endif %}{% endfor %}",
+        "{% set n = namespace(x=()) %}{% for a in range(99999) %}{% set n.x = (n.x,) %}{% endfor %}"
+        "{{ {n.x: 1} }}",
+        "{{ ('{0:99999}' * 5000).format('') }}",
+        "{{ ('{0:{1}}' * 5000).format('', 99999) }}",
+        "{{ ('{0:{1}}' * 5000).format('', '99999') }}",
+        "{{ ('{0:999}' * 9999).format('') }}",
+        "{{ ('%99999s' * 5000) % (('',) * 5000) }}",
+        "{{ ('%.99999f' * 5000) % ((1.5,) * 5000) }}",
+        "{{ ('%(a)99999s' * 5000)|format(a='') }}",
+        "{{ 'ab'.encode() * 99999 }}",
+        "{{ (7).to_bytes(99999, 'big') * 99999 }}",
+        "{{ strftime_now('%255d' * 9999) }}",
     ],
-    ids=range(41),
+    ids=range(71),
 )
 def test_bounded(source: str) -> None:
     begun = time.perf_counter()
@@ -331,3 +367,82 @@ def test_two_templates_at_once() -> None:
 
     rendered = JinjaFormat(Nested(CHATML_SPECIALS), MARKED).render(DIALOG)
     assert rendered.ids == inner.render(DIALOG).ids
+
+
+def test_shared_lists_and_formats_of_a_usual_size() -> None:
+    source = """\
+{%- set n = namespace(x=namespace(a=1)) %}{{ n }} {{ [(1, 2), (1, 2)]|unique|list|length }}
+{{- messages[0] == messages[0] }} {{ messages[0] in messages }} {{ 'content' in messages[0] }}
+{{- {(1, 2): 3}[(1, 2)] }} {{ '%5s|%.2f|100%%'|format('a', 1.5) }} {{ '{:>4}{}'.format(1, 2) }}
+{{- '{} in 2023'.format('December') }} {{ 7 - 2 }}"""
+    assert render(source) == (
+        "<Namespace> 1True True True3     a|1.50|100%    12December in 2023 5"
+    )
+
+
+def test_many_namespaces_are_written_in_a_word() -> None:
+    step = "{% set n.x = namespace(a=n.x, b=n.x) %}"
+    assert render(grow("namespace()", step) + "{{ n.x }}") == "<Namespace>"
+
+
+WITH_CALLS = """\
+{% for m in messages %}
+{% if m.role == 'assistant' and m.content is none %}CALL {{ m.tool_calls|tojson }}
+{% else %}{{ m.role }}: {{ m.content }}
+{% endif %}{% endfor %}{{ tools|length }}"""
+CALL = Message("assistant", "", (ToolCall("add", {"a": 1}),))
+
+
+def test_calls_without_text_have_no_content() -> None:
+    assert 'CALL [{"type": "function", "function": {"name": "add"' in render(
+        WITH_CALLS, [USER, CALL], tools=TOOLS
+    )
+
+
+def test_a_template_that_adds_to_the_content_gets_an_empty_text() -> None:
+    source = "{% for m in messages %}{{ m.content + '!' }}{{ m.tool_calls|tojson }}{% endfor %}"
+    assert render(source, [CALL]).startswith('![{"type"')
+
+
+@pytest.mark.parametrize("written", ["m.content", "m.content|trim", "m.content ~ ''"])
+def test_no_content_is_not_written_as_a_word(written: str) -> None:
+    source = (
+        f"{{% for m in messages %}}{{{{ {written} }}}}{{{{ m.tool_calls|tojson }}}}{{% endfor %}}"
+    )
+    assert render(source, [CALL]).startswith('[{"type"')
+
+
+def test_calls_that_the_template_loses_are_refused() -> None:
+    """Their name is in the prompt all the same, where the tool is offered."""
+    lost = Message("assistant", "Let me see", CALL.tool_calls)
+    source = "{{ tools|tojson }}" + WITH_CALLS
+    with pytest.raises(
+        UserError, match=r"messages\[1\].tool_calls: .* leaves out the call of 'add'"
+    ):
+        render(source, [USER, lost], tools=TOOLS)
+    assert "add" in render(source, [USER, CALL], tools=TOOLS)
+    one = "{% for m in messages %}{{ m.tool_calls[0].function.name }}{% endfor %}"
+    two = Message("assistant", "", (*CALL.tool_calls, ToolCall("get_time", {})))
+    with pytest.raises(UserError, match="leaves out the call of 'get_time'"):
+        render(one, [two])
+
+
+def test_a_template_that_knows_its_tools_by_name() -> None:
+    source = """{% for m in messages %}{% for c in m.tool_calls %}
+{%- if c.function.name not in ['add'] %}{{ raise_exception('unknown') }}{% endif %}
+{{- c.function.name }};{% endfor %}{% endfor %}"""
+    assert render(source, [CALL]) == "add;"
+
+
+MARKS = ("[INST]", "</s>", "<user>", "<\uff5cUser\uff5c>")
+
+
+@pytest.mark.parametrize("mark", MARKS)
+@pytest.mark.parametrize("change", ["", "|lower", "|upper", "|title", "|capitalize"])
+def test_marks_in_any_case_stay_text(mark: str, change: str) -> None:
+    tokenizer = ByteTokenizer((mark, mark.upper() + "]", mark.lower() + "]"), eos_id=256)
+    odd = mark.replace("st", "\ufb06").replace("ST", "\ufb06").replace("s", "\u017f")
+    source = f"{{% for m in messages %}}{mark}{{{{ m.content{change} }}}}{{% endfor %}}"
+    texts = [mark, mark.upper(), mark.lower(), mark.title(), odd, f"a {mark}] b{mark[:-1]}"]
+    ids = JinjaFormat(tokenizer, source).render([Message("user", text) for text in texts]).ids
+    assert [id for id in ids if tokenizer.is_special(id)] == [256] * len(texts)

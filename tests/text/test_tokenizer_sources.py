@@ -1,18 +1,22 @@
 """What each source of a vocabulary may say, and what of it is refused."""
 
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pronk.core.errors import CheckpointError
+from pronk.core.errors import CheckpointError, UserError
 from pronk.text.tokenizer import (
+    Tokenizer,
     tokenizer_from_gguf,
     tokenizer_from_hf,
     tokenizer_from_meta,
 )
-from pronk.text.tokenizer_bpe import pre_tokenizer
+from pronk.text.tokenizer_bpe import GPT2_PATTERN, Guarded, pre_tokenizer
+from pronk.text.tokenizer_meta import LLAMA3_PATTERN
 from vocabularies import ORDINARY, SPECIAL, N, hf_json, metadata_of, write_hf, write_meta
 
 TOKENS = metadata_of()["tokenizer.ggml.tokens"]
@@ -41,7 +45,7 @@ def one_line(error: pytest.ExceptionInfo[CheckpointError], expected: str) -> Non
         (b"AA== 0\nAA== 1\n", "line 2 repeats the token b'\\x00'"),
         (b" 0\n", "line 1 is not '<base64> <rank>'"),
         (b"\n\x0e\n\x05<unk>\x15", "SentencePiece file is not supported"),
-        (b"AA" * (9 << 20), "over 16777216 bytes"),
+        (b"AA" * (9 << 20), "at most 16777216 are allowed"),
     ],
 )
 def test_malformed_tokenizer_model(tmp_path: Path, content: bytes, expected: str) -> None:
@@ -238,7 +242,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         (changed("model.type", "Unigram"), "model is 'Unigram'; only byte-level BPE"),
         (changed("model.byte_fallback", True), "model.byte_fallback is 'True'"),
         (changed("model.dropout", 0.1), "model.dropout is '0.1'"),
-        (changed("decoder", {"type": "Metaspace"}), "decoder is not ByteLevel"),
+        (changed("decoder", {"type": "Metaspace"}), "decoder 'Metaspace' is not supported"),
         (changed("pre_tokenizer", None), "pre_tokenizer is not ByteLevel"),
         (
             changed("pre_tokenizer.pretokenizers", [{"type": "ByteLevel"}]),
@@ -352,3 +356,182 @@ def test_merges_as_text_and_a_normalizer(tmp_path: Path) -> None:
     spec["normalizer"] = {"type": "NFC"}
     tokenizer = tokenizer_from_hf(write_hf(tmp_path, json.loads(json.dumps(spec))))
     assert tokenizer.encode("hello nai\u0308ve 日本") == expected
+
+
+# Tokens that are not marked as special, but are
+
+MARKS = ("[INST]", "</s>", "<user>", "<\uff5cUser\uff5c>")
+PLAIN = ("   \n", "user", "<br>", "--")
+TEMPLATE = "{{ '" + "".join(MARKS) + "' }}   \n{# user -- #}"
+
+
+def test_tokens_of_the_template_never_come_from_text(tmp_path: Path) -> None:
+    added = (*MARKS, *PLAIN)
+    spec = hf_json()
+    spec["added_tokens"] += [
+        {"id": N + 5 + n, "content": text, "special": False} for n, text in enumerate(added)
+    ]
+    config = {"chat_template": TEMPLATE}
+    metadata = metadata_of(tokens=[*TOKENS, *added], token_type=[*TYPES, *[4] * len(added)])
+    for tokenizer in (
+        tokenizer_from_hf(write_hf(tmp_path, spec, tokenizer_config=config)),
+        tokenizer_from_gguf(metadata | {"tokenizer.chat_template": TEMPLATE}),
+    ):
+        for n, text in enumerate(added):
+            id, ids = N + 5 + n, tokenizer.encode(f"x{text}x")
+            assert tokenizer.is_special(id) == (text in MARKS)
+            assert (id in ids) == (text in PLAIN)
+            assert id in tokenizer.encode(f"x{text}x", special=True)
+    alone = tokenizer_from_gguf(metadata)
+    assert alone.is_special(N + 8)  # full-width bars say so themselves
+    assert not alone.is_special(N + 5)
+
+
+# Hostile files
+
+
+@pytest.mark.parametrize(
+    ("key", "step", "expected"),
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "'Precompiled' is"),
+        (
+            "normalizer",
+            {"type": "Replace", "pattern": {"String": ""}, "content": "x"},
+            "normalizer 'Replace' is not supported; NFC",
+        ),
+        ("pre_tokenizer", {"type": "FixedLength", "length": 0}, "'FixedLength' is not supported"),
+        ("decoder", {"type": "Strip", "content": "x", "start": 0, "stop": 0}, "decoder 'Strip' is"),
+        *(
+            ("pre_tokenizer", split, "which no known vocabulary")
+            for split in (
+                {"type": "Split", "pattern": {"Regex": "(a|a)*$b|(a+)+$"}},
+                {"type": "Split", "pattern": {"Regex": r"\\s?(\\s+)+x"}},
+                {"type": "Split", "pattern": {"Regex": "("}},
+                {"type": "Split", "pattern": {"String": ""}},
+                {"type": "Split"},
+            )
+        ),
+    ],
+)
+def test_steps_that_crash_or_never_end(
+    tmp_path: Path, key: str, step: dict[str, Any], expected: str
+) -> None:
+    spec = hf_json()
+    if key == "normalizer":
+        spec[key] = step
+    else:
+        parts = "pretokenizers" if key == "pre_tokenizer" else "decoders"
+        spec[key] = {"type": "Sequence", parts: [step, spec[key]]}
+    with pytest.raises(CheckpointError) as error:
+        tokenizer_from_hf(write_hf(tmp_path, spec))
+    one_line(error, expected)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        LLAMA3_PATTERN,
+        LLAMA3_PATTERN.replace("{1,3}", ""),
+        GPT2_PATTERN,
+        "[0-9][0-9][0-9]",
+        r"\p{N}{1,3}",
+        "[\r\n]",
+        r"[\r\n]",
+        r"\s?\p{L}+",
+        r"\s?[!-/:-~]+",
+        r"\s+$",
+        "[\u4e00-\u9fa5\u0800-\u4e00]+",
+    ],
+)
+def test_patterns_of_published_models(tmp_path: Path, pattern: str) -> None:
+    spec = changed("pre_tokenizer.pretokenizers", hf_json()["pre_tokenizer"]["pretokenizers"])
+    spec["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": pattern}
+    tokenizer = tokenizer_from_hf(write_hf(tmp_path, spec))
+    text = "hello 2024\r\n\u4e00!"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+class Panic(BaseException):
+    """As a panic of Rust arrives."""
+
+
+class Panicking:
+    def encode(self, *_: object, **__: object) -> None:
+        raise Panic("index out of bounds:\n the len is 53")
+
+
+def test_a_panic_is_an_error_of_one_line() -> None:
+    tokenizer = tokenizer_from_gguf(metadata_of())
+    tokenizer._core = Panicking()  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="text: this vocabulary cannot encode it: 'index out of"):
+        tokenizer.encode("x")
+    with pytest.raises(KeyboardInterrupt), Guarded(CheckpointError, "file"):
+        raise KeyboardInterrupt
+
+
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """With some bytes changed, cut out, repeated, or another place's put there."""
+    out = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        at, n = rng.randrange(len(out) + 1), rng.randint(0, 40)
+        other = rng.randrange(len(content))
+        out[at : at + rng.choice([0, 1, n])] = rng.choice(
+            [b"", rng.randbytes(1), b"null", b"-1", b"{}", b'""', content[other : other + n]]
+        )
+    return bytes(out)
+
+
+def changed_somewhere(spec: Any, rng: random.Random) -> None:
+    """One value of a JSON object replaced by another kind of value."""
+    part = spec
+    while isinstance(part, dict | list) and part:
+        key = rng.choice(list(part)) if isinstance(part, dict) else rng.randrange(len(part))
+        if not isinstance(part[key], dict | list) or not part[key] or rng.random() < 0.2:
+            values = [None, -1, 0, 5000, 1 << 40, 0.5, "", "x", "\ud800", [], {}, [[]], True]
+            part[key] = rng.choice(values)
+            return
+        part = part[key]
+
+
+def complaint(read: Callable[[], Tokenizer]) -> str | None:
+    """What is said of a file that cannot be read or used; anything but a UserError is a failure."""
+    try:
+        tokenizer = read()
+        tokenizer.decode(tokenizer.encode("hello  world 123 \u65e5\n", special=True))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def check_complaints(complaints: list[str | None]) -> None:
+    """Some files are as good as before, most are refused in one line."""
+    said = [text for text in complaints if text is not None]
+    assert 20 < len(said) < len(complaints)
+    assert not [text for text in said if "\n" in text]
+
+
+def test_damaged_tokenizer_json(tmp_path: Path) -> None:
+    rng = random.Random(41)
+    folder = write_hf(tmp_path, hf_json())
+    content = (folder / "tokenizer.json").read_bytes()
+    complaints = []
+    for case in range(600):
+        if case % 2:
+            spec = hf_json()
+            changed_somewhere(spec, rng)
+            (folder / "tokenizer.json").write_text(json.dumps(spec))
+        else:
+            (folder / "tokenizer.json").write_bytes(damaged(content, rng))
+        complaints.append(complaint(lambda: tokenizer_from_hf(folder)))
+    check_complaints(complaints)
+
+
+def test_damaged_tokenizer_model(tmp_path: Path) -> None:
+    rng = random.Random(42)
+    path = write_meta(tmp_path / "tokenizer.model", ORDINARY)
+    content = path.read_bytes()
+    complaints = []
+    for _ in range(400):
+        path.write_bytes(damaged(content, rng))
+        complaints.append(complaint(lambda: tokenizer_from_meta(path)))
+    check_complaints(complaints)

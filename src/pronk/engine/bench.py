@@ -20,8 +20,8 @@ from pronk.core.config import ModelConfig
 from pronk.core.errors import MemoryLimitError, UserError
 from pronk.core.progress import Progress, silent
 from pronk.engine.blocks import blocks_for
-from pronk.engine.engine import Engine
-from pronk.engine.load import LoadOps, load_model, weight_bytes
+from pronk.engine.engine import Engine, pending
+from pronk.engine.load import LoadOps, load_model, need_of, use_threads
 from pronk.engine.memory import Need, free_memory
 from pronk.engine.request import Request, SamplingParams
 from pronk.engine.runner import Runner
@@ -94,6 +94,7 @@ class Subject:
     """Of the linear weights, as the backend holds them."""
     kv_bytes: float
     """Keys and values of one position."""
+    threads: int
 
 
 def load_subject(
@@ -105,8 +106,8 @@ def load_subject(
     kv_dtype: KvDtype,
     progress: Progress = silent,
 ) -> Subject:
-    """Raises UserError where the plan does not fit the model's context, MemoryLimitError where it
-    does not fit the memory."""
+    """`threads` None: all that this process may use. Raises UserError where the plan does not fit
+    the model's context, MemoryLimitError where it does not fit the memory."""
     with open_checkpoint(path) as checkpoint:
         config = checkpoint.config
         if plan.context > config.context:
@@ -115,31 +116,27 @@ def load_subject(
                 f" {plan.context} positions, the model's context is {config.context}"
             )
         n_blocks = plan.batch * blocks_for(plan.context)
-        n_bytes = weight_bytes(checkpoint, ops)
-        _check_memory(config, ops, plan, n_bytes, kv_dtype)
+        budget = max(STEP_TOKENS, plan.batch)
+        need = need_of(checkpoint, ops, token_budget=budget, max_batch=plan.batch)
+        _check_memory(need, plan, kv_dtype)
+        threads = use_threads(ops, threads)
         weights = load_model(checkpoint, ops, n_positions=plan.context, progress=progress)
-    runner = Runner(ops, config, weights, n_blocks=n_blocks, kv_dtype=kv_dtype, threads=threads)
+    runner = Runner(
+        ops, config, weights, n_blocks=n_blocks, n_tokens=config.vocab_size, threads=threads,
+        kv_dtype=kv_dtype,
+    )  # fmt: skip
     engine = Engine(
         runner,
         vocab_size=config.vocab_size,
         context=plan.context,
         n_blocks=n_blocks,
         max_batch=plan.batch,
-        token_budget=max(STEP_TOKENS, plan.batch),
+        token_budget=budget,
     )
-    return Subject(engine, config, n_bytes, ops.kv_bytes(config, 1, kv_dtype) / BLOCK)
+    return Subject(engine, config, need.weights, need.kv_bytes(1, kv_dtype) / BLOCK, threads)
 
 
-def _check_memory(
-    config: ModelConfig, ops: LoadOps, plan: Plan, weights: int, kv_dtype: KvDtype
-) -> None:
-    need = Need(
-        config,
-        weights,
-        lambda n_blocks, dtype: ops.kv_bytes(config, n_blocks, dtype),
-        token_budget=max(STEP_TOKENS, plan.batch),
-        max_batch=plan.batch,
-    )
+def _check_memory(need: Need, plan: Plan, kv_dtype: KvDtype) -> None:
     total = need.total(plan.context, plan.batch * blocks_for(plan.context), kv_dtype)
     free = free_memory()
     if free is not None and total > free:
@@ -181,11 +178,11 @@ def measure_decode(subject: Subject, plan: Plan, *, progress: Progress = silent)
         ]
         for request in requests:
             engine.add(request)
-        while not all(request.n_output for request in requests):
+        while pending(requests) and not all(request.n_output for request in requests):
             engine.step()
         before = sum(request.n_output for request in requests)
         began = time.perf_counter()
-        while engine.has_work:
+        while pending(requests):
             engine.step()
         seconds = time.perf_counter() - began
         rates.append((sum(request.n_output for request in requests) - before) / seconds)

@@ -106,6 +106,19 @@ class BlockPool:
             else:
                 self._cached[block] = None
 
+    def forget_references(self) -> None:
+        """No block is in any table now. What is known to be stored stays findable, and the accounts
+        balance, whatever half-done call an exception has left behind."""
+        known = {key: b for key, b in self._block_of.items() if self._key_of[b] == key}
+        key_of: list[bytes | None] = [None] * self.n_blocks
+        for key, block in known.items():
+            key_of[block] = key
+        unused = [block for block in self._cached if key_of[block] is not None]
+        self._block_of, self._key_of = known, key_of
+        self._refs = [0] * self.n_blocks
+        self._cached = OrderedDict.fromkeys([*unused, *reversed(known.values())])
+        self._free = [b for b in range(self.n_blocks - 1, -1, -1) if key_of[b] is None]
+
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
         key = self._key_of[block]

@@ -5,22 +5,24 @@ steps is the one that touches arrays at that moment, and all others see Python v
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from pronk.backends.protocol import Sampled
 from pronk.core.errors import UserError
 from pronk.engine.blocks import BlockPool
 from pronk.engine.request import FinishReason, Request
-from pronk.engine.scheduler import Scheduler, Slice
+from pronk.engine.scheduler import Outcome, Scheduler, Slice
+
+Result = TypeVar("Result")
 
 
 class Computes(Protocol):
     """What the engine wants of a model (`Runner`, or a fake one in a test)."""
 
-    def run(self, slices: Sequence[Slice]) -> list[Sampled | None]:
-        """Computes the slices; the drawn token of each that has `sample`."""
+    def run(self, slices: Sequence[Slice]) -> Sequence[Outcome]:
+        """Computes the slices; the drawn token of each that has `sample`, or the exception that
+        ends one request. What is raised instead undoes the step for all of them."""
         ...
 
 
@@ -36,11 +38,19 @@ class Event:
     finish_reason: FinishReason | None
 
 
+def pending(requests: Sequence[Request]) -> bool:
+    """Whether one of them has not ended yet. Raises what one of them failed with."""
+    waits = not all(request.finished for request in requests)
+    for request in requests:  # afterwards: another thread's step may end them meanwhile
+        request.raise_error()
+    return waits
+
+
 class Engine:
     """Runs any number of requests together on one model.
 
     `n_blocks` is the size of the KV cache that `model` computes with. What a request answers
-    depends on neither these numbers nor on the other requests.
+    depends on neither these numbers nor on the other requests: neither on their failing.
     """
 
     def __init__(
@@ -57,6 +67,7 @@ class Engine:
         self._model = model
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
+        self._in_order = True
         self.scheduler = Scheduler(
             BlockPool(n_blocks, prefix_cache=prefix_cache),
             context=context,
@@ -71,8 +82,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queues a request, if `check` has nothing against it."""
         self.check(request)
-        with self._lock:
-            self.scheduler.add(request)
+        self._alone(lambda: self.scheduler.add(request))
 
     def check(self, request: Request) -> None:
         """Raises UserError for a request that could never run: an empty prompt, one that does not
@@ -84,51 +94,81 @@ class Engine:
             self._check_ids("stop_ids", request.params.stop_ids)
 
     def step(self) -> list[Event]:
-        """Computes the next tokens of the requests whose turn it is."""
-        with self._lock:
-            slices = self.scheduler.schedule()
-            if not slices:
-                return []
-            drawn = self._model.run(slices)
-            return [
-                event
-                for done, sampled in zip(slices, drawn, strict=True)
-                if (event := self._advance(done, sampled))
-            ]
+        """Computes the next tokens of the requests whose turn it is. A request that cannot go on
+        ends with its exception in `error`; what is raised here concerns none of them alone."""
+        return self._alone(self._step)
 
     def abort(self, request: Request) -> bool:
         """Ends a request where it stands; False if it had ended before."""
-        with self._lock:
+
+        def abort() -> bool:
             if request.finished:
                 return False
             self.scheduler.finish(request, "abort")
             return True
 
+        return self._alone(abort)
+
     def run(self, requests: Sequence[Request]) -> None:
-        """Adds the requests and steps until all of them have ended. If one is refused, or the run
-        is interrupted, none of them stays behind."""
+        """Adds the requests and steps until all of them have ended. If one is refused or fails, or
+        the run is interrupted, none of them stays behind."""
         try:
             for request in requests:
                 self.add(request)
-            while not all(request.finished for request in requests):
+            while pending(requests):
                 self.step()
         finally:
             for request in requests:
                 self.abort(request)
 
-    def _advance(self, done: Slice, sampled: Sampled | None) -> Event | None:
+    def _alone(self, work: Callable[[], Result]) -> Result:
+        """Exclusive use of the scheduler. Whatever `work` raises, even a KeyboardInterrupt in the
+        middle of book-keeping, leaves everything in order, at the latest for the next turn."""
+        with self._lock:  # no context manager in Python: an interruption would leave it locked
+            if not self._in_order:
+                self.scheduler.recover()
+            self._in_order = False
+            try:
+                result = work()
+            except BaseException:
+                self.scheduler.recover()
+                self._in_order = True
+                raise
+            self._in_order = True
+            return result
+
+    def _step(self) -> list[Event]:
+        slices = self.scheduler.schedule()
+        if not slices:
+            return []
+        outcomes = self._model.run(slices)
+        return [
+            event
+            for done, outcome in zip(slices, outcomes, strict=True)
+            if (event := self._advance(done, outcome))
+        ]
+
+    def _advance(self, done: Slice, outcome: Outcome) -> Event | None:
         """Books one slice; None if its request is still reading its prompt."""
         request = done.request
+        if isinstance(outcome, Exception):
+            return self._end(request, "error", outcome)
         self.scheduler.commit(done)
-        if sampled is None:
-            if request.params is not None or request.computed < request.known:
-                return None
-            self.scheduler.finish(request, "length")
-            return Event(request, None, "", "length")
-        text = request.append(sampled)
+        if outcome is None:
+            waits = request.params is not None or request.computed < request.known
+            return None if waits else self._end(request, "length")
+        try:
+            text = request.append(outcome)
+        except Exception as error:  # of whoever reads the text: no business of the other requests
+            return self._end(request, "error", error)
         if request.finish_reason is not None:
             self.scheduler.finish(request, request.finish_reason)
-        return Event(request, sampled.token, text, request.finish_reason)
+        return Event(request, outcome.token, text, request.finish_reason)
+
+    def _end(self, request: Request, reason: FinishReason, error: Exception | None = None) -> Event:
+        """Ends a request without a token."""
+        self.scheduler.finish(request, reason, error)
+        return Event(request, None, "", reason)
 
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
         if ids and not (min(ids) >= 0 and max(ids) < self._vocab_size):

@@ -18,9 +18,15 @@ from pronk.checkpoints.pull import locate
 from pronk.core.config import ModelConfig
 from pronk.core.errors import UserError
 from pronk.core.progress import Progress, silent
-from pronk.engine.engine import Engine
-from pronk.engine.load import load_model, load_tokenizer, recommended_sampling, weight_bytes
-from pronk.engine.memory import Need, fit, free_memory
+from pronk.engine.engine import Engine, pending
+from pronk.engine.load import (
+    load_model,
+    load_tokenizer,
+    need_of,
+    recommended_sampling,
+    use_threads,
+)
+from pronk.engine.memory import check_logits, fit, free_memory
 from pronk.engine.replies import Completion, Piece, Reply, ReplyText, completion_of, reply_of
 from pronk.engine.request import Request, SamplingParams
 from pronk.engine.runner import Runner
@@ -40,7 +46,8 @@ GENERATE_DEFAULTS: Mapping[str, float] = {"max_tokens": 16}
 
 class SamplingOptions(TypedDict, total=False):
     """Keyword arguments of `chat`, `stream` and `generate`; see SamplingParams for what they mean.
-    None stands for the default."""
+    None stands for the default, the same as leaving the argument out: `max_tokens` None is 16 for
+    `generate`, and as many as the context has room for in `chat` and `stream`."""
 
     temperature: float | None
     top_k: int | None
@@ -67,10 +74,10 @@ class LLM:
 
     `model` is a catalog name, a Hugging Face id or a path. `ctx` is the most tokens of a prompt and
     its answer together; without it the model's own, at most 8192, or what there is memory for.
-    `threads` None: the backend's choice. `max_batch` requests at most share a step, which computes
-    at most `token_budget` tokens; neither changes an answer, nor does `prefix_cache`, which keeps
-    what has been computed for prompts that begin alike. Raises UserError, and MemoryLimitError
-    before anything is loaded that does not fit.
+    `threads` None: all that this process may use. `max_batch` requests at most share a step, which
+    computes at most `token_budget` tokens; neither changes an answer, nor does `prefix_cache`,
+    which keeps what has been computed for prompts that begin alike. Raises UserError, and
+    MemoryLimitError before anything is loaded that does not fit.
     """
 
     def __init__(
@@ -93,42 +100,44 @@ class LLM:
         if kv_dtype not in KV_DTYPES:
             raise UserError(f"kv_dtype: {kv_dtype!r} is not one of {', '.join(KV_DTYPES)}")
         ops: Any = select_backend(backend)
-        self._checkpoint = checkpoint = open_checkpoint(locate(model, progress=progress))
-        self.config: ModelConfig = checkpoint.config
         self.backend_name: str = ops.name
-        if ctx is not None:
-            _check_whole("ctx", ctx, 1, self.config.context)
-        self.context, n_blocks = self._plan(ops, ctx, kv_dtype, token_budget, max_batch)
-        self.tokenizer: Tokenizer = load_tokenizer(checkpoint)
-        _check_vocabulary(checkpoint, self.tokenizer)
-        self._recommended = recommended_sampling(checkpoint)
         self._chat_format: list[ChatFormat | None] = []
-        weights = load_model(checkpoint, ops, n_positions=self.context, progress=progress)
-        runner = Runner(
-            ops, self.config, weights, n_blocks=n_blocks, kv_dtype=kv_dtype, threads=threads
-        )
-        self._engine: Engine | None = Engine(
-            runner,
-            vocab_size=self.config.vocab_size,
-            context=self.context,
-            n_blocks=n_blocks,
-            max_batch=max_batch,
-            token_budget=token_budget,
-            prefix_cache=prefix_cache,
-        )
+        self._checkpoint = open_checkpoint(locate(model, progress=progress))
+        try:
+            self.config: ModelConfig = self._checkpoint.config
+            if ctx is not None:
+                _check_whole("ctx", ctx, 1, self.config.context)
+            need = need_of(self._checkpoint, ops, token_budget=token_budget, max_batch=max_batch)
+            self.context, n_blocks = fit(need, ctx, kv_dtype, free_memory())
+            self.tokenizer: Tokenizer = load_tokenizer(self._checkpoint)
+            _check_vocabulary(self._checkpoint, self.tokenizer)
+            self._recommended = recommended_sampling(self._checkpoint)
+            self.threads = use_threads(ops, threads)
+            self._engine: Engine | None = Engine(
+                self._runner(ops, n_blocks, kv_dtype, progress),
+                vocab_size=self.tokenizer.vocab_size,
+                context=self.context,
+                n_blocks=n_blocks,
+                max_batch=max_batch,
+                token_budget=token_budget,
+                prefix_cache=prefix_cache,
+            )
+        except BaseException:
+            self._checkpoint.close()
+            raise
 
-    def _plan(
-        self, ops: Any, ctx: int | None, kv_dtype: KvDtype, token_budget: int, max_batch: int
-    ) -> tuple[int, int]:
-        """Context and KV blocks that there is memory for."""
-        need = Need(
+    def _runner(self, ops: Any, n_blocks: int, kv_dtype: KvDtype, progress: Progress) -> Runner:
+        """The model with its weights in memory."""
+        weights = load_model(self._checkpoint, ops, n_positions=self.context, progress=progress)
+        return Runner(
+            ops,
             self.config,
-            weights=weight_bytes(self._checkpoint, ops),
-            kv_bytes=lambda n_blocks, dtype: ops.kv_bytes(self.config, n_blocks, dtype),
-            token_budget=token_budget,
-            max_batch=max_batch,
+            weights,
+            n_blocks=n_blocks,
+            n_tokens=self.tokenizer.vocab_size,
+            threads=self.threads,
+            kv_dtype=kv_dtype,
         )
-        return fit(need, ctx, kv_dtype, free_memory())
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -192,10 +201,9 @@ class LLM:
         rendered = form.render(
             chat, tools=offered, builtin_tools=builtin_tools, tool_choice=tool_choice, date=date
         )
-        callable_names = {*(tool.name for tool in offered), *builtin_tools}
-        text = ReplyText(
-            self.tokenizer, params.stop, callable_names if tool_choice != "none" else ()
-        )
+        own = [tool.name for tool in offered] if tool_choice != "none" else []
+        known = builtin_tools if tool_choice != "none" else []
+        text = ReplyText(self.tokenizer, params.stop, own, known)
         request = self._request(rendered.ids, params, text)
         self._open_engine().check(request)
         return self._pieces(request, text)
@@ -203,9 +211,9 @@ class LLM:
     def _pieces(self, request: Request, text: ReplyText) -> Generator[Piece, None, None]:
         engine = self._open_engine()
         n_seen = 0
-        engine.add(request)
         try:
-            while not request.finished:
+            engine.add(request)
+            while pending([request]):
                 engine.step()
                 if not request.finished and n_seen < len(request.pieces):
                     new = request.pieces[n_seen:]
@@ -227,7 +235,8 @@ class LLM:
         """Continues a text, a list of token ids, or several of either, which run together.
 
         A text gets the model's BOS if it wants one; nothing in it becomes a special token. Greedy
-        and 16 tokens unless told otherwise.
+        and 16 tokens unless told otherwise. If one of several fails, that is raised and the others
+        end with it.
         """
         params = SamplingParams.of(options, GENERATE_DEFAULTS)
         if _is_one(prompt):
@@ -240,24 +249,33 @@ class LLM:
         return [completion_of(request) for request in requests]
 
     def score(self, ids: Sequence[int]) -> F32:
-        """Log probability of each token given those before it, float32 `[T-1]`."""
-        logprobs = np.empty(max(0, len(ids) - 1), dtype=np.float32)
+        """Log probability of each token given those before it, float32 `[T-1]`; as in `generate`,
+        among the tokens that the tokenizer has."""
+        request = Request(ids, None)
+        logprobs = np.empty(max(0, request.n_prompt - 1), dtype=np.float32)
 
         def observer(start: int, logits_NV: F32) -> None:
-            following = [int(token) for token in ids[start + 1 : start + 1 + len(logits_NV)]]
-            logprobs[start : start + len(following)] = token_logprobs(logits_NV, following)
+            following = request.ids[start + 1 : start + 1 + len(logits_NV)]
+            known_NV = logits_NV[:, : self.tokenizer.vocab_size]
+            logprobs[start : start + len(following)] = token_logprobs(known_NV, following)
 
-        self._open_engine().run([Request(ids, None, observer=observer)])
+        request.observer = observer
+        self._open_engine().run([request])
         return logprobs
 
     def logits(self, ids: Sequence[int]) -> F32:
-        """Logits at every position, float32 `[T, V]`."""
-        logits_TV = np.empty((len(ids), self.config.vocab_size), dtype=np.float32)
+        """Logits at every position, float32 `[T, V]`, V being the model's `config.vocab_size`.
+        Raises MemoryLimitError if they do not fit the memory."""
+        engine, request = self._open_engine(), Request(ids, None)
+        engine.check(request)
+        check_logits(request.n_prompt, self.config.vocab_size, free_memory())
+        logits_TV = np.empty((request.n_prompt, self.config.vocab_size), dtype=np.float32)
 
         def observer(start: int, logits_NV: F32) -> None:
             logits_TV[start : start + len(logits_NV)] = logits_NV
 
-        self._open_engine().run([Request(ids, None, observer=observer)])
+        request.observer = observer
+        engine.run([request])
         return logits_TV
 
     def close(self) -> None:
@@ -287,7 +305,7 @@ class LLM:
         return Request(ids, params, eos_ids=self.tokenizer.stop_ids, text=text)
 
     def _text_out(self, params: SamplingParams) -> TextOut:
-        return TextOut(self.tokenizer.stream(), params.stop, n_tokens=self.tokenizer.vocab_size)
+        return TextOut(self.tokenizer.stream(), params.stop)
 
     def _ids(self, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, str):
@@ -296,8 +314,11 @@ class LLM:
 
 
 def _is_one(prompt: Prompt | Prompts) -> bool:
-    """One prompt, not several; an empty list is an empty prompt."""
-    if isinstance(prompt, str) or len(prompt) == 0:
+    """One prompt, not several; an empty list is an empty prompt, and what is no prompt at all is
+    for `Request` to refuse."""
+    if isinstance(prompt, np.ndarray):
+        return prompt.ndim < 2
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence) or len(prompt) == 0:
         return True
     return not isinstance(prompt[0], (str, list, tuple, np.ndarray))
 

@@ -3,7 +3,7 @@ sampling values that the model's makers recommend."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pronk.backends.protocol import KvDtype, Ops, RawTensor
 from pronk.checkpoints.checkpoint import Checkpoint
@@ -11,6 +11,7 @@ from pronk.checkpoints.mapped import read_json
 from pronk.core.config import ModelConfig
 from pronk.core.errors import CheckpointError
 from pronk.core.progress import Progress, silent
+from pronk.engine.memory import Need
 from pronk.model.llama import LayerWeights, LlamaWeights
 from pronk.model.rope import rope_table
 
@@ -48,14 +49,16 @@ class _Loader:
     """Hands tensors to a backend one after another, and their file pages back to the system, so
     that no more than one weight is in memory twice."""
 
-    def __init__(self, checkpoint: Checkpoint, ops: Ops, precise: bool, progress: Progress) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, ops: Ops, activation_bits: int, progress: Progress
+    ) -> None:
         self._checkpoint, self._ops, self._progress = checkpoint, ops, progress
-        self._precise = precise
+        self._all_precise = activation_bits == 16
         self._done = 0
 
     def weight(self, *names: str, precise: bool = False) -> Any:
         tensors = [self._checkpoint.get(name) for name in names]
-        weight = self._ops.make_weight(tensors, precise=precise or self._precise)
+        weight = self._ops.make_weight(tensors, precise=precise or self._all_precise)
         self._book(tensors)
         return weight
 
@@ -89,17 +92,18 @@ def load_model(
     ops: Ops,
     *,
     n_positions: int,
-    precise: bool | None = None,
+    activation_bits: Literal[8, 16] | None = None,
     progress: Progress = silent,
 ) -> LlamaWeights:
     """All weights of a checkpoint as handles of a backend, and rotary angles of `n_positions`.
 
-    `precise` True keeps 16 bits of the activations for every weight, False for those of PRECISE
-    only, None decides by SMALL_MODEL. Progress is in bytes of the checkpoint."""
+    `activation_bits` 16: a backend that rounds activations keeps 16 bits of those of every weight;
+    8: of those of PRECISE and the output layer only; None decides by SMALL_MODEL. Progress is in
+    bytes of the checkpoint."""
     config = checkpoint.config
-    if precise is None:
-        precise = config.n_params < SMALL_MODEL
-    loader = _Loader(checkpoint, ops, precise, progress)
+    if activation_bits is None:
+        activation_bits = 16 if config.n_params < SMALL_MODEL else 8
+    loader = _Loader(checkpoint, ops, activation_bits, progress)
     weights = LlamaWeights(
         embed=loader.table("embed"),
         layers=[loader.layer(i) for i in range(config.n_layers)],
@@ -121,6 +125,25 @@ def weight_bytes(checkpoint: Checkpoint, ops: LoadOps) -> int:
 
 
 _LINEAR = tuple(part for parts in MERGED.values() for part in parts)
+
+
+def need_of(checkpoint: Checkpoint, ops: LoadOps, *, token_budget: int, max_batch: int) -> Need:
+    """What it takes to run a checkpoint on a backend."""
+    return Need(
+        checkpoint.config,
+        weights=weight_bytes(checkpoint, ops),
+        kv_bytes=lambda n_blocks, dtype: ops.kv_bytes(checkpoint.config, n_blocks, dtype),
+        token_budget=token_budget,
+        max_batch=max_batch,
+    )
+
+
+def use_threads(ops: Ops, threads: int | None) -> int:
+    """The number of threads of a run: `threads`, or without it all that this process may use. The
+    backend hears of it at once, since loading uses them, too."""
+    n = ops.default_threads() if threads is None else threads
+    ops.set_threads(n)
+    return n
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> "Tokenizer":

@@ -10,6 +10,7 @@ from pronk.backends.protocol import BLOCK, KvDtype
 from pronk.core.config import ModelConfig
 from pronk.core.errors import MemoryLimitError
 from pronk.engine.blocks import blocks_for
+from pronk.engine.scheduler import OBSERVED_CHUNK
 
 DEFAULT_CONTEXT = 8192
 SMALLEST_CONTEXT = 512
@@ -95,12 +96,13 @@ class Need:
         return blocks_for(context) + blocks_for(others)
 
     def slack(self, context: int) -> int:
-        """Everything that is neither weights nor KV: activations of a full step, logits, the
-        rotary table, the process itself."""
+        """Everything that is neither weights nor KV: activations of a full step, logits (drawn from
+        and observed), the rotary table, the process itself."""
         c = self.config
         width = 4 * c.dim + 3 * c.ffn_dim + 3 * (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
-        rows = self.token_budget * width + 3 * self.max_batch * c.vocab_size
-        return 4 * rows + 12 * context * c.head_dim + _PROCESS_BYTES
+        n_logits = 3 * self.max_batch + min(OBSERVED_CHUNK, self.token_budget)
+        numbers = self.token_budget * width + n_logits * c.vocab_size
+        return 4 * numbers + 12 * context * c.head_dim + _PROCESS_BYTES
 
     def total(self, context: int, n_blocks: int, kv_dtype: KvDtype) -> int:
         return self.weights + self.slack(context) + self.kv_bytes(n_blocks, kv_dtype)
@@ -134,6 +136,16 @@ def fit(need: Need, context: int | None, kv_dtype: KvDtype, free: int | None) ->
     spare = free - need.total(wanted, blocks_for(wanted), kv_dtype)
     extra = spare // need.kv_bytes(1, kv_dtype)
     return wanted, min(blocks_for(wanted) + extra, need.pool_blocks(wanted))
+
+
+def check_logits(n_tokens: int, vocab_size: int, free: int | None) -> None:
+    """Raises MemoryLimitError where float32 logits `[n_tokens, vocab_size]` do not fit."""
+    n_bytes = 4 * n_tokens * vocab_size
+    if free is not None and n_bytes > free:
+        raise MemoryLimitError(
+            f"logits: those of {n_tokens} tokens take {_gb(n_bytes)}, {_gb(free)} are free;"
+            f" at most {free // (4 * vocab_size)} tokens would fit"
+        )
 
 
 def _refusal(need: Need, context: int, kv_dtype: KvDtype, free: int, largest: int) -> str:

@@ -9,7 +9,7 @@ from pronk.engine.sampling import TextOut, TokenLogprob
 from pronk.text.messages import Message, ToolCall
 
 if TYPE_CHECKING:
-    from pronk.text.parse import Event
+    from pronk.text.events import Event
     from pronk.text.tokenizer import Tokenizer
 
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "abort"]
@@ -93,22 +93,28 @@ class ReplyText:
     `calls`. Stop strings are looked for in what the model writes, calls included."""
 
     def __init__(
-        self, tokenizer: "Tokenizer", stop: tuple[str, ...], tools: Collection[str]
+        self,
+        tokenizer: "Tokenizer",
+        stop: tuple[str, ...],
+        tools: Collection[str],
+        builtins: Collection[str] = (),
     ) -> None:
-        """`tools`: names that may be called; without any, all that the model writes is text."""
+        """`tools` and `builtins`: names that may be called, the caller's own and the built-in ones;
+        without any, all that the model writes is text."""
         from pronk.text.parse import ReplyParser
 
         self.calls: list[ToolCall] = []
-        self._written = TextOut(tokenizer.stream(), stop, n_tokens=tokenizer.vocab_size)
-        self._specials = {id: text for text, id in tokenizer.special_ids.items()} if tools else {}
-        self._parser = ReplyParser(tools)
+        self._written = TextOut(tokenizer.stream(), stop)
+        specials = {id: text for text, id in tokenizer.special_ids.items()}
+        self._specials = specials if tools or builtins else {}
+        self._parser = ReplyParser(tools, builtins)
 
     @property
     def stopped(self) -> bool:
         return self._written.stopped
 
     def feed(self, token: int) -> str:
-        from pronk.text.parse import SpecialToken
+        from pronk.text.events import SpecialToken
 
         special = self._specials.get(token)
         if special is None:
@@ -123,20 +129,22 @@ class ReplyText:
         return self._take(events + self._parser.finish())
 
     def _take(self, events: "Sequence[Event]") -> str:
-        from pronk.text.parse import TextDelta, ToolCallEnd
+        from pronk.text.events import TextDelta, ToolCallEnd
 
         self.calls += [event.call for event in events if isinstance(event, ToolCallEnd)]
         return "".join(event.text for event in events if isinstance(event, TextDelta))
 
 
 def completion_of(request: Request) -> Completion:
-    """What a finished request amounts to."""
-    assert request.finish_reason is not None
+    """What a finished request, one that did not fail, amounts to."""
+    reason = request.finish_reason
+    assert reason is not None
+    assert reason != "error"
     cached = request.cached or 0
     return Completion(
         text=request.text,
         token_ids=request.output,
-        finish_reason=request.finish_reason,
+        finish_reason=reason,
         usage=Usage(request.n_prompt, request.n_output, cached),
         timings=Timings(
             prompt_seconds=request.first_token_at - request.added_at,

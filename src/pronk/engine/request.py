@@ -7,7 +7,7 @@ token is sampled. Plain Python values only, so that a request may be read from a
 import itertools
 import time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from enum import Enum
 from numbers import Integral, Real
@@ -17,13 +17,15 @@ from pronk.backends.protocol import F32, Sampled, SampleParams
 from pronk.core.errors import UserError
 from pronk.engine.sampling import AnswerText, TokenLogprob, fresh_seed
 
-FinishReason: TypeAlias = Literal["stop", "length", "abort"]
+FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 Observer: TypeAlias = Callable[[int, F32], None]
 """Called as `observer(start, logits_NV)`: the logits of the prompt's positions from `start` on. A
 position comes again, with the same numbers, when a request was preempted."""
 
 MAX_LOGPROBS = 100
 MAX_SEED = 2**63 - 1
+GREEDY_BELOW = 1e-5
+"""Lower temperatures are greedy: logits divided by them leave one token, if not the numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class SamplingParams:
     one raises UserError with the parameter, the value and what would work."""
 
     temperature: float = 0.0
-    """0 is greedy: always the most likely token."""
+    """0, as anything below GREEDY_BELOW (1e-5), is greedy: always the most likely token."""
     top_k: int = 0
     """Only the k most likely tokens; 0 is off."""
     top_p: float = 1.0
@@ -54,7 +56,8 @@ class SamplingParams:
     ignore_eos: bool = False
     """The model's own end tokens do not end the answer."""
     max_tokens: int | None = None
-    """Most tokens of the answer; None: as many as the context has room for."""
+    """Most tokens of the answer; None: as many as the context has room for. (Among the arguments of
+    `LLM` None is the default: 16 for `generate`; as many as the context has room for in `chat`.)"""
     seed: int | None = None
     """Of the random numbers; None: a fresh one, which the answer reports."""
     logprobs: int | None = None
@@ -204,6 +207,11 @@ class Request:
         """Full blocks, from the first, that the pool knows by key."""
         self.state = State.NEW
         self.finish_reason: FinishReason | None = None
+        """Set together with the last token; the request has ended when `finished` says so."""
+        self.error: Exception | None = None
+        """Why the request ended with "error"; it is for the one who made the request."""
+        self.torn = False
+        """An answer that lost a token on its way to the text cannot go on."""
         self.cached: int | None = None
         """Prompt tokens that were found stored when the request first ran."""
         self.preemptions = 0
@@ -214,6 +222,8 @@ class Request:
         self.added_at = time.perf_counter()
         self.first_token_at = self.last_token_at = self.added_at
         self._text = text
+        self._prompt = self.ids[:]
+        self._output = array("i")
         self._ends = _end_ids(params, eos_ids)
         self._fixed = {} if params is None else _fixed_sample_params(params, self.seed)
 
@@ -228,7 +238,7 @@ class Request:
     @property
     def output(self) -> list[int]:
         """Tokens of the answer, with the end token if there was one."""
-        return self.ids[self.n_prompt :].tolist()
+        return self._output.tolist()
 
     @property
     def wants_logprobs(self) -> bool:
@@ -242,48 +252,84 @@ class Request:
     def finished(self) -> bool:
         return self.state is State.FINISHED
 
+    @property
+    def observed(self) -> bool:
+        """Whether somebody wants the logits of the tokens that are computed next."""
+        return self.observer is not None and self.computed < self.n_prompt
+
+    def end(self, reason: FinishReason, error: Exception | None = None) -> None:
+        """The scheduler's last word."""
+        self.error = error
+        self.finish_reason = reason
+        self.state = State.FINISHED
+
+    def raise_error(self) -> None:
+        """Raises what the request failed with, if it did."""
+        if self.error is not None:
+            raise self.error
+
     def sample_params(self) -> SampleParams:
-        """How the next token is drawn."""
+        """How the next token is drawn. The ids in it are the request's own arrays, no copies: they
+        are good until `append`."""
         assert self.params is not None
         if self.params.penalizes:
             return SampleParams(
                 **self._fixed,
                 draw=self.n_output,
-                prompt_ids=self.ids[: self.n_prompt],
-                output_ids=self.ids[self.n_prompt :],
+                prompt_ids=self._prompt,
+                output_ids=self._output,
             )
         return SampleParams(**self._fixed, draw=self.n_output)
 
     def append(self, sampled: Sampled) -> str:
         """Takes the next token; the text that it makes certain. Sets `finish_reason` if it was
-        the last one."""
+        the last one. An exception on the way leaves the request `torn`."""
+        self.torn = True
         self.last_token_at = time.perf_counter()
         if not self.n_output:
             self.first_token_at = self.last_token_at
         self.ids.append(sampled.token)
+        self._output.append(sampled.token)
+        if sampled.token in self._ends:
+            self.finish_reason = "stop"
+        elif self.known >= self.limit:
+            self.finish_reason = "length"
         if sampled.logprob is not None:
             self.logprobs.append(TokenLogprob(sampled.token, sampled.logprob, sampled.top))
         piece = self._read(sampled.token)
         if piece:
             self.pieces.append(piece)
+        self.torn = False
         return piece
 
     def _read(self, token: int) -> str:
-        text, ended = self._text, token in self._ends
-        piece = "" if ended or text is None else text.feed(token)
-        if not (ended or self.known >= self.limit or (text and text.stopped)):
-            return piece
-        if text is not None:
+        text = self._text
+        if text is None:
+            return ""
+        piece = "" if token in self._ends else text.feed(token)
+        if text.stopped or self.finish_reason is not None:
             piece += text.finish()
-        self.finish_reason = "stop" if ended or (text and text.stopped) else "length"
+        if text.stopped:
+            self.finish_reason = "stop"
         return piece
 
 
 def _as_array(prompt: Sequence[int]) -> "array[int]":
+    """Raises UserError with the index and the value of what is no token id."""
+    if isinstance(prompt, str | bytes | bytearray | Mapping | Set):
+        raise UserError(f"prompt: {prompt!r:.60} is not a list of token ids")
     try:
-        return array("i", prompt)
-    except (TypeError, OverflowError):
+        ids = list(prompt)
+    except TypeError:
         raise UserError(f"prompt: {prompt!r:.60} is not a list of token ids") from None
+    if not set(map(type, ids)) <= {int}:  # a bool would pass for an int
+        token_id = _integer(0)
+        ids = [token_id(f"prompt[{i}]", token) for i, token in enumerate(ids)]
+    try:
+        return array("i", ids)
+    except OverflowError:
+        wrong = next(i for i, token in enumerate(ids) if not -(2**31) <= token < 2**31)
+        raise UserError(f"prompt[{wrong}]: {ids[wrong]} is not a token id") from None
 
 
 def _end_ids(params: SamplingParams | None, eos_ids: frozenset[int]) -> frozenset[int]:
@@ -297,5 +343,7 @@ def _fixed_sample_params(params: SamplingParams, seed: int) -> dict[str, Any]:
     same = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
             "frequency_penalty", "logit_bias")  # fmt: skip
     fixed = {name: getattr(params, name) for name in same}
+    if params.temperature < GREEDY_BELOW:
+        fixed["temperature"] = 0.0
     top_logprobs = -1 if params.logprobs is None else params.logprobs
     return {**fixed, "seed": seed, "top_logprobs": top_logprobs}

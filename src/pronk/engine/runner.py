@@ -4,24 +4,36 @@ The only place of the engine that touches arrays, apart from the loading of weig
 every token, so it does a few array copies for each request and nothing for each position.
 """
 
+import os
 import threading
 from collections.abc import Sequence
 
 import numpy as np
 
-from pronk.backends.protocol import F32, I32, Batch, KvDtype, Ops, Sampled
+from pronk.backends.protocol import F32, I32, Batch, KvDtype, Ops, Sampled, SampleParams
 from pronk.core.config import ModelConfig
 from pronk.engine.blocks import blocks_for
 from pronk.engine.request import Observer
-from pronk.engine.scheduler import Slice
+from pronk.engine.scheduler import Outcome, Slice
 from pronk.model.llama import LlamaWeights, forward
 
 _step_lock = threading.Lock()
 """The threads of a backend belong to the process: engines that share them take turns."""
 
 
+def _new_step_lock() -> None:
+    """For a forked child: the thread that holds the lock is not there to release it."""
+    global _step_lock
+    _step_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_step_lock)
+
+
 class Runner:
-    """A model and its KV cache on one backend. `threads`: of the backend; None: its default."""
+    """A model and its KV cache on one backend, which computes with `threads` threads. Tokens are
+    drawn from the first `n_tokens` of the vocabulary: some models have rows for more tokens than
+    their tokenizer knows."""
 
     def __init__(
         self,
@@ -30,41 +42,66 @@ class Runner:
         weights: LlamaWeights,
         *,
         n_blocks: int,
+        n_tokens: int,
+        threads: int,
         kv_dtype: KvDtype = "f16",
-        threads: int | None = None,
     ) -> None:
         self.ops = ops
         self.config = config
         self._weights = weights
         self._kv = ops.make_kv(config, n_blocks, kv_dtype)
+        self._n_tokens = n_tokens
         self._threads = threads
 
-    def run(self, slices: Sequence[Slice]) -> list[Sampled | None]:
-        """Computes every slice; the drawn token of each that has `sample`, None for the others.
-        Observers of the slices are called with their logits on the host."""
+    def run(self, slices: Sequence[Slice]) -> list[Outcome]:
+        """Computes every slice; the drawn token of each that has `sample`, None for the others, and
+        the exception of one whose logits are not finite or whose observer raised it. Observers
+        are called with the logits of their slices on the host."""
         ids_T, batch = pack(slices)
         rows_R, draws_R = wanted_rows(slices, batch.starts_S)
         with _step_lock:
-            if self._threads is not None:
-                self.ops.set_threads(self._threads)
+            self.ops.set_threads(self._threads)
             logits_RV = forward(
                 self.ops, self.config, self._weights, ids_T, batch, self._kv, rows_R
             )
-            self._observe(slices, logits_RV)
+            errors = self._observe(slices, logits_RV)
             params = [s.request.sample_params() for s in slices if s.sample]
             if len(draws_R) < len(logits_RV):
                 logits_RV = self.ops.take_rows(logits_RV, draws_R)
-            drawn = iter(self.ops.sample(logits_RV, params) if params else [])
-        return [next(drawn) if s.sample else None for s in slices]
+            drawn = iter(self._draw(logits_RV[:, : self._n_tokens], params))
+        outcomes = [next(drawn) if s.sample else None for s in slices]
+        return [e if e is not None else o for e, o in zip(errors, outcomes, strict=True)]
 
-    def _observe(self, slices: Sequence[Slice], logits_RV: F32) -> None:
+    def _observe(self, slices: Sequence[Slice], logits_RV: F32) -> list[Exception | None]:
+        """What the observer of each slice raised."""
+        errors: list[Exception | None] = []
         row = 0
         for s in slices:
             observer = observer_of(s)
+            errors.append(None)
             if observer is not None:
                 n_prompt = min(s.n, s.request.n_prompt - s.start)
-                observer(s.start, self.ops.to_host(logits_RV[row : row + n_prompt]))
+                try:
+                    observer(s.start, self.ops.to_host(logits_RV[row : row + n_prompt]))
+                except Exception as error:
+                    errors[-1] = error
             row += s.n if observer is not None else s.sample
+        return errors
+
+    def _draw(self, logits_RV: F32, params: Sequence[SampleParams]) -> list[Sampled | Exception]:
+        """A token for each row, or why there is none."""
+        if not params:
+            return []
+        try:
+            return [*self.ops.sample(logits_RV, params)]
+        except Exception:  # of some row; the others get the tokens that they would get anyway
+            return [self._draw_one(logits_RV[i : i + 1], p) for i, p in enumerate(params)]
+
+    def _draw_one(self, logits_1V: F32, params: SampleParams) -> Sampled | Exception:
+        try:
+            return self.ops.sample(logits_1V, [params])[0]
+        except Exception as error:
+            return error
 
 
 def observer_of(s: Slice) -> Observer | None:

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from pronk.backends.protocol import F32
+from pronk.backends.reference import log_softmax
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +26,10 @@ class TokenLogprob:
 
 
 def token_logprobs(logits_NV: F32, ids_N: Sequence[int]) -> F32:
-    """Log-softmax of each row at one token id, float32 `[N]`; the sums are in float64."""
+    """Log-softmax of each row at one token id, float32 `[N]`."""
     out_N = np.empty(len(ids_N), dtype=np.float32)
     for row, token in enumerate(ids_N):  # a row at a time: [N, V] in float64 may be large
-        shifted_V = logits_NV[row] - logits_NV[row].max()
-        total = np.exp(shifted_V, dtype=np.float64).sum()
-        out_N[row] = shifted_V[token] - np.log(total)
+        out_N[row] = log_softmax(logits_NV[row])[token]
     return out_N
 
 
@@ -72,13 +71,8 @@ class TextOut:
     the first stop string found; `stopped` says that one was.
     """
 
-    def __init__(
-        self, stream: TokenStream, stop: tuple[str, ...] = (), *, n_tokens: int | None = None
-    ) -> None:
-        """Ids from `n_tokens` on have no text: some models have more logits than their tokenizer
-        has tokens."""
+    def __init__(self, stream: TokenStream, stop: tuple[str, ...] = ()) -> None:
         self._stream = stream
-        self._n_tokens = n_tokens
         self._stop = stop
         self._held = ""
         self._stopped = False
@@ -88,8 +82,6 @@ class TextOut:
         return self._stopped
 
     def feed(self, token: int) -> str:
-        if self._n_tokens is not None and token >= self._n_tokens:
-            return ""
         return self._advance(self._stream.push(token))
 
     def finish(self) -> str:

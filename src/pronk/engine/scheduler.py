@@ -11,14 +11,16 @@ its tokens are kept, only their keys and values are computed once more.
 
 from collections import deque
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from pronk.backends.protocol import BLOCK
-from pronk.core.errors import ContextLengthError, UserError
+from pronk.backends.protocol import BLOCK, Sampled
+from pronk.core.errors import ContextLengthError, PronkError, UserError
 from pronk.engine.blocks import BlockPool, blocks_for, extend_keys
 from pronk.engine.request import FinishReason, Request, State
 
 OBSERVED_CHUNK = 128
-"""Rows of one step whose logits are all wanted: at a vocabulary of 128,256 they take 66 MB."""
+"""Most rows of one step, of all requests together, whose logits somebody wants to see: at a
+vocabulary of 128,256 they take 66 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,28 @@ class Slice:
     n: int
     sample: bool
     """The last of them is the newest known token, and the next one is to be drawn."""
+
+
+Outcome: TypeAlias = Sampled | Exception | None
+"""What came of a slice: the drawn token, None where none was to be drawn, or why its request, and
+only that one, cannot go on."""
+
+
+@dataclass(slots=True)
+class _Room:
+    """What is left of a step."""
+
+    tokens: int
+    observed: int = OBSERVED_CHUNK
+
+    def holds(self, request: Request) -> int:
+        """Most tokens of a request that fit."""
+        return min(self.tokens, self.observed) if request.observed else self.tokens
+
+    def book(self, chunk: Slice) -> None:
+        self.tokens -= chunk.n
+        if chunk.request.observed:
+            self.observed -= chunk.n
 
 
 class Scheduler:
@@ -76,24 +100,33 @@ class Scheduler:
         return self.pool.n_blocks * BLOCK
 
     def schedule(self) -> list[Slice]:
-        """The work of the next step, empty only if there are no requests. The blocks that it
-        writes to are in the tables of its requests; nothing else changes until `commit`."""
+        """The work of the next step, empty only if there are no requests.
+
+        Requests may start (with the blocks of a stored prefix) or be preempted here, and the blocks
+        that the step writes to are then in the tables of its requests. How far a running request
+        is computed, and which blocks can be found by key, changes in `commit` only.
+        """
         slices: list[Slice] = []
-        budget = self.token_budget
-        while budget and len(slices) < len(self.running):
-            request = self.running[len(slices)]
-            chunk = self._chunk(request, budget)
-            if self._make_room(request, chunk.n):  # else it was the youngest, and waits again
+        room = _Room(self.token_budget)
+        turn = 0
+        while room.tokens and turn < len(self.running):
+            request = self.running[turn]
+            if most := room.holds(request):
+                chunk = self._chunk(request, most)
+                if not self._make_room(request, chunk.n):
+                    break  # it was the youngest, and waits again
                 slices.append(chunk)
-                budget -= chunk.n
-        while budget and self.waiting and len(self.running) < self.max_batch:
+                room.book(chunk)
+            turn += 1
+        while self.waiting and len(self.running) < self.max_batch:
             request = self.waiting[0]
-            if not self._admit(request):
+            if not room.holds(request) or not self._admit(request):
                 break
-            chunk = self._chunk(request, budget)
-            self._make_room(request, chunk.n)
+            chunk = self._chunk(request, room.holds(request))
+            made = self._make_room(request, chunk.n)
+            assert made, f"request {request.id} was admitted without room"
             slices.append(chunk)
-            budget -= chunk.n
+            room.book(chunk)
         return slices
 
     def commit(self, done: Slice) -> None:
@@ -107,20 +140,39 @@ class Scheduler:
                 self.pool.publish(request.blocks[i], request.keys[i])
             request.published = full
 
-    def finish(self, request: Request, reason: FinishReason) -> None:
+    def finish(
+        self, request: Request, reason: FinishReason, error: Exception | None = None
+    ) -> None:
         """Ends a request, wherever it stands, and takes its blocks back."""
-        if request.state is State.RUNNING:
-            self.running.remove(request)
-        elif request.state is State.WAITING:
-            self.waiting.remove(request)
+        request.end(reason, error)
         self._take_back(request)
-        request.state = State.FINISHED
-        request.finish_reason = reason
+        for queue in (self.running, self.waiting):
+            if request in queue:
+                queue.remove(request)
 
-    def _chunk(self, request: Request, budget: int) -> Slice:
-        n = min(request.known - request.computed, budget)
-        if request.observer is not None and request.computed < request.n_prompt:
-            n = min(n, OBSERVED_CHUNK)
+    def recover(self) -> None:
+        """Puts everything in order after an exception that may have come from the middle of any
+        other method, or of this one: all requests wait again, in their order, and compute what is
+        not stored by key once more. That is right whatever state was left, as long as no request
+        is ever in neither queue.
+        """
+        requests = dict.fromkeys((*self.running, *self.waiting))
+        for request in requests:
+            if request.torn and not request.finished:
+                request.end("error", PronkError("the answer was interrupted while it was written"))
+            elif request.finish_reason is not None:
+                request.end(request.finish_reason, request.error)
+            elif request.state is State.RUNNING:
+                request.state = State.WAITING
+                request.preemptions += 1
+            del request.blocks[:]
+            request.computed = 0
+        self.waiting = deque(request for request in requests if not request.finished)
+        self.running = []
+        self.pool.forget_references()
+
+    def _chunk(self, request: Request, most: int) -> Slice:
+        n = min(request.known - request.computed, most)
         last = request.computed + n == request.known
         return Slice(request, request.computed, n, last and request.params is not None)
 
@@ -152,16 +204,17 @@ class Scheduler:
         if request.cached is None:
             request.cached = n_stored
         request.state = State.RUNNING
-        self.running.append(self.waiting.popleft())
+        self.running.append(request)  # first, so that it is never in neither
+        self.waiting.popleft()
         return True
 
     def _preempt(self, youngest: Request) -> None:
         assert youngest is self.running[-1]
+        self.waiting.appendleft(youngest)  # first, so that it is never in neither
         self.running.pop()
         self._take_back(youngest)
         youngest.state = State.WAITING
         youngest.preemptions += 1
-        self.waiting.appendleft(youngest)
 
     def _take_back(self, request: Request) -> None:
         self.pool.give_back(request.blocks)

@@ -7,6 +7,7 @@ come from their Jinja template (template.py); what the model answers is read in 
 
 import datetime
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,12 @@ _MONTHS = ("January", "February", "March", "April", "May", "June", "July", "Augu
 _KNOWLEDGE = "Cutting Knowledge Date: December 2023\nToday Date: "
 _ENVIRONMENT = "Environment: ipython"
 _HF_DATE = "26 Jul 2024"  # what the Hugging Face template says when no date is given
+
+
+_ANY_ROLE_HEADER = re.compile(
+    r"""<\|start_header_id\|>(?:['"]\s*[+~]|\{\{-?)[\s(]*[\w.\[\]'"]*role"""
+)
+"""In a template: a header whose role is the message's, whatever that is."""
 
 
 class Rendered:
@@ -70,13 +77,15 @@ def chat_format_for(tokenizer: "Tokenizer") -> ChatFormat | None:
     """The chat format of the model that `tokenizer` belongs to; None for a base model.
 
     Llama 3 header tokens select the native format, unless a chat template says that the model was
-    tuned on another one (a ChatML tune of Llama 3 keeps Llama's tokens in its vocabulary).
+    tuned on another one: a ChatML tune of Llama 3 keeps Llama's tokens in its vocabulary, and
+    Llama Guard puts the whole chat between the headers of one message. Native are templates that
+    write a header with the role of a message in it.
     """
     template = tokenizer.chat_template
     has_headers = {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= set(
         tokenizer.special_ids
     )
-    if has_headers and (template is None or "<|start_header_id|>" in template):
+    if has_headers and (template is None or _ANY_ROLE_HEADER.search(template)):
         return Llama31Format(tokenizer)
     if template is None:
         return None

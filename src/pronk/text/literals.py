@@ -61,10 +61,12 @@ class Source:
         """Consume white space; the next character."""
         return (yield from self.skip(_SPACE))
 
-    def at(self, literal: str) -> Steps[bool]:
-        """Whether `literal` comes next; waits only while it still may."""
+    def at(self, literal: str, any_case: bool = False) -> Steps[bool]:
+        """Whether `literal` (in small letters, if `any_case`) comes next; waits only while it still
+        may."""
         for i, expected in enumerate(literal):
-            if (yield from self.peek(i)) != expected:
+            c = yield from self.peek(i)
+            if (c.lower() if any_case else c) != expected:
                 return False
         return True
 
@@ -77,6 +79,7 @@ class Source:
 
 
 _SPACE = re.compile(r"\s")
+_CLOSING = {"{": "}", "[": "]", "(": ")"}
 _PLAIN = re.compile(r"[^\"'\\]+")
 _WORD = re.compile(r"[\w.+-]")
 _KEY = re.compile(r"[^\W\d]\w*")
@@ -157,6 +160,55 @@ def _list(source: Source, out: list[str], depth: int) -> Steps[None]:
             raise Mismatch
     source.pos += 1
     out.append("]")
+
+
+def skip_container(source: Source) -> Steps[None]:
+    """Consume one `{...}` or `[...]` of JSON or of Python, calls included, at any depth.
+
+    Fails where no such text can go on: at prose, or where a value follows another one.
+    """
+    closing: list[str] = []
+    after_value = False
+    while True:
+        c = yield from source.token()
+        if c in _CLOSING and (not after_value or c == "("):
+            closing.append(_CLOSING[c])
+            after_value = False
+        elif closing and c == closing[-1]:
+            closing.pop()
+            after_value = True
+        elif c and c in ",:=":
+            after_value = False
+        elif after_value or not c:
+            raise Mismatch
+        elif c in "\"'":
+            yield from _skip_string(source, c)
+            after_value = True
+        else:
+            yield from _skip_word(source)
+            after_value = True
+            continue
+        source.pos += 1
+        if not closing:
+            return
+
+
+def _skip_word(source: Source) -> Steps[None]:
+    start = source.pos
+    yield from source.skip(_WORD)
+    if source.pos == start:
+        raise Mismatch
+
+
+def _skip_string(source: Source, quote: str) -> Steps[None]:
+    """Up to the quote that ends the string."""
+    source.pos += 1
+    while (c := (yield from source.peek())) != quote:
+        if not c:
+            raise Mismatch
+        if c == "\\" and (yield from source.peek(1)):
+            source.pos += 1
+        source.pos += 1
 
 
 def read_string(source: Source, out: list[str], ends: str) -> Steps[None]:

@@ -15,100 +15,47 @@ Accepted are all forms that Llama models write (with `name` among the offered to
     by ";", "," or white space
 
 An unfinished or malformed call is text. If its arguments had begun to be streamed, it is taken
-back by a ToolCallAbort. Never evaluates anything.
+back by a ToolCallAbort. A list is taken as a whole: if one entry is no call, none is; and what
+looks like a call inside other JSON is part of that JSON. After the python tag, `name(...)` may be
+the beginning of Python source; where code can be run, such calls are told only when it is certain
+that nothing but calls follows. Never evaluates anything.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pronk.text.literals import Mismatch, Source, Steps, escaped, read_value
+from pronk.text.events import (
+    Event,
+    Reply,
+    SpecialToken,
+    TextDelta,
+    ToolCallAbort,
+    ToolCallArgumentsDelta,
+    ToolCallEnd,
+    ToolCallStart,
+)
+from pronk.text.literals import Mismatch, Source, Steps, escaped, read_value, skip_container
 from pronk.text.messages import ToolCall
 from pronk.text.tools import BUILTIN_CALLS
-
-if TYPE_CHECKING:
-    from pronk.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class SpecialToken:
-    """A special token in the output, by its text (`<|python_tag|>`, `<|eom_id|>`, ...)."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """More of the answer's text."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCallStart:
-    """A call begins; `index` counts the calls of this answer from 0."""
-
-    index: int
-    id: str
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCallArgumentsDelta:
-    """More of the arguments' JSON text; the deltas of a call join to one JSON object."""
-
-    index: int
-    json: str
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCallEnd:
-    """The call is complete."""
-
-    index: int
-    call: ToolCall
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCallAbort:
-    """A call that had begun was no call after all; its source follows as text."""
-
-    index: int
-
-
-Event = TextDelta | ToolCallStart | ToolCallArgumentsDelta | ToolCallEnd | ToolCallAbort
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """An answer: its text without the calls, and the calls in the order they were written."""
-
-    text: str
-    tool_calls: tuple[ToolCall, ...]
-
-    @staticmethod
-    def of(events: Iterable[Event]) -> "Reply":
-        """What a stream of events amounts to."""
-        events = list(events)
-        text = "".join(event.text for event in events if isinstance(event, TextDelta))
-        calls = tuple(event.call for event in events if isinstance(event, ToolCallEnd))
-        return Reply(text, calls)
 
 
 def parse_reply(
     reply: str | Iterable[str | SpecialToken],
     *,
     tools: Collection[str] | None,
+    builtins: Collection[str] = (),
     call_id: Callable[[int], str] | None = None,
 ) -> Reply:
-    """Text and calls of a complete answer; see ReplyParser for `tools` and `call_id`.
+    """Text and calls of a complete answer; see ReplyParser for the parameters.
 
     A string is taken as text throughout; use `split_specials` for a transcript in which special
     tokens are spelled out.
     """
-    parser = ReplyParser(tools, call_id)
+    parser = ReplyParser(tools, builtins, call_id)
     events: list[Event] = []
     for piece in [reply] if isinstance(reply, str) else reply:
         events += parser.push(piece)
@@ -126,37 +73,12 @@ def split_specials(transcript: str) -> list[str | SpecialToken]:
     return [SpecialToken(p) if i % 2 else p for i, p in enumerate(pieces) if p]
 
 
-class TokenReplyParser:
-    """A ReplyParser fed with token ids as they are generated."""
-
-    def __init__(
-        self,
-        tokenizer: "Tokenizer",
-        tools: Collection[str] | None,
-        call_id: Callable[[int], str] | None = None,
-    ) -> None:
-        self._stream = tokenizer.stream()
-        self._specials = {id: text for text, id in tokenizer.special_ids.items()}
-        self._parser = ReplyParser(tools, call_id)
-
-    def push(self, token_id: int) -> list[Event]:
-        """Events that `token_id` makes certain. A special token is a piece of its own."""
-        special = self._specials.get(token_id)
-        if special is None:
-            return self._parser.push(self._stream.push(token_id))
-        events = self._parser.push(self._stream.flush())
-        return events + self._parser.push(SpecialToken(special))
-
-    def finish(self) -> list[Event]:
-        """The rest; call once, after the last token."""
-        return self._parser.push(self._stream.flush()) + self._parser.finish()
-
-
 @dataclass(slots=True)
 class _Draft:
     """A call while it is being read; `json` is the JSON of its arguments so far."""
 
     name: str | None = None
+    id: str = ""
     json: list[str] = field(default_factory=list)
     n_sent: int = 0
     """Entries of `json` that have been sent."""
@@ -168,10 +90,24 @@ class _Draft:
     ended: bool = False
 
 
+@dataclass(slots=True)
+class _Hold:
+    """Events that wait until all that belongs to them has been read, and what was before them."""
+
+    index: int
+    gap: str
+    after_call: bool
+    mark: int
+    events: list[Event] = field(default_factory=list)
+
+
 _CODE = "code_interpreter"
 _CALL_KEYS = frozenset({"name", "parameters", "arguments", "type", "function", "id"})
 _CALL_TYPES = frozenset({"function"})
 _LANGUAGES = ("json", "tool_call", "tool_code", "python", "")
+_JSON_CALL = re.compile(r"[\[\s]*[{<]")
+_TICKS = re.compile("`")
+_MAX_TICKS = 8
 _ANY_NAME = re.compile(r"[\w.\-/]{1,80}")
 _FORGET = 4096  # characters; dropping consumed text copies the rest
 _BETWEEN = re.compile(r"[\s;,]")
@@ -181,22 +117,29 @@ _BETWEEN_CHARS = " \t\r\n;,"
 class ReplyParser:
     """The incremental parser.
 
-    `tools` are the names that were offered; None accepts any name (also that of a person in a JSON
-    answer), an empty collection makes everything text. `code_interpreter` among them makes Python
-    source after `<|python_tag|>` a call. `call_id(index)` makes the calls' ids; by default
-    "call_0", "call_1", ...
+    `tools` are the names of the caller's own tools, whose arguments are passed on as they are, and
+    `builtins` the built-in ones that were offered, which have one argument and are given its true
+    name. With neither, everything is text; `tools` None accepts any name (also that of a person in
+    a JSON answer) and every built-in. The built-in `code_interpreter` makes Python source after
+    `<|python_tag|>` a call. `call_id(index)` makes the calls' ids; by default they are random, so
+    that no two answers share one.
     White space around calls and separators between them are no text.
     """
 
     def __init__(
         self,
         tools: Collection[str] | None,
+        builtins: Collection[str] = (),
         call_id: Callable[[int], str] | None = None,
     ) -> None:
-        self._names = None if tools is None else frozenset(tools)
-        self._call_id = call_id or "call_{}".format
+        self._builtins = BUILTIN_CALLS if tools is None else frozenset(builtins)
+        self._names = None if tools is None else self._builtins.union(tools)
+        self._call_id = call_id or _random_id
         self._trigger = _trigger(self._names)
         self._events: list[Event] = []
+        self._hold: _Hold | None = None
+        self._passing = False  # what is being read is text, whatever it turns out to be
+        self._opened: int | None = None  # where the JSON or list of the call being read begins
         self._index = 0
         self._draft = _Draft()
         self._gap = ""  # white space (and separators, after a call) that may yet be dropped
@@ -245,6 +188,8 @@ class ReplyParser:
             except StopIteration:
                 self._steps = None
             self._flush()
+            if self._passing:
+                self._text_to(self._source.pos)
 
     def _take_events(self) -> list[Event]:
         events, self._events = self._events, []
@@ -268,13 +213,34 @@ class ReplyParser:
     def _attempt(self, steps: Steps[None]) -> Steps[None]:
         """Read a call or more; what turns out to be none, up to where that shows, is text."""
         self._mark = begun = self._source.pos
+        self._opened = None
         try:
             yield from steps
         except Mismatch:
             if self._source.pos == begun:
                 self._source.pos += 1
-            self._abort()
-            self._text(self._source.text[self._mark : self._source.pos])
+            yield from self._give_up()
+
+    def _give_up(self) -> Steps[None]:
+        """What has been read since the last finished call is text; so is, to its end, the JSON or
+        list in which that showed, whatever stands in it."""
+        source = self._source
+        self._take_back()
+        failed_at = source.pos
+        if self._opened is not None:
+            source.pos = max(self._opened, self._mark)
+            self._passing = True
+            try:
+                yield from skip_container(source)
+            except Mismatch:
+                source.pos = max(source.pos, failed_at)
+            self._passing = False
+        self._text_to(source.pos)
+
+    def _text_to(self, end: int) -> None:
+        if end > self._mark:
+            self._text(self._source.text[self._mark : end])
+            self._mark = end
 
     def _candidate(self) -> Steps[None]:
         """One call, or calls in a wrapping, at a character that may begin them."""
@@ -293,17 +259,17 @@ class ReplyParser:
             yield from self._call(bare=False)
 
     def _fence(self) -> Steps[None]:
-        """One to three backticks and a language that calls are fenced with."""
+        """Backticks and a language that calls are fenced with."""
         source = self._source
         start = source.pos
-        while source.pos - start < 3 and (yield from source.peek()) == "`":
+        while source.pos - start < _MAX_TICKS and (yield from source.peek()) == "`":
             source.pos += 1
         ticks = source.text[start : source.pos]
         for language in _LANGUAGES:
-            if (yield from source.at(language)):
-                yield from source.take(language)
+            if (yield from source.at(language, any_case=True)):
+                source.pos += len(language)
                 break
-        yield from self._wrapped(ticks)
+        yield from self._wrapped(ticks[:3])
 
     def _wrapped(self, close: str) -> Steps[None]:
         """Calls up to `close`, which may be missing."""
@@ -314,6 +280,8 @@ class ReplyParser:
             closed = yield from self._source.at(close)
             if closed:
                 yield from self._source.take(close)
+                if close[0] == "`":
+                    yield from self._source.skip(_TICKS)
             if closed or not c:
                 self._mark = self._source.pos
                 return
@@ -325,23 +293,31 @@ class ReplyParser:
         c = yield from source.token()
         n_before = self._index
         self._mark = 0
+        self._opened = None
+        runs = _CODE in self._builtins
+        if runs and c not in "{<":
+            self._begin_hold()
         try:
             while c:
                 yield from self._call(bare=True)
                 c = yield from source.skip(_BETWEEN)
+            self._release()
         except Mismatch:
-            no_call = self._index == n_before and not self._draft.started
-            if no_call and (self._names is None or _CODE in self._names):
+            no_call = self._hold is not None or (
+                self._index == n_before and not self._draft.started
+            )
+            cut_off = source.pos >= len(source.text) and _JSON_CALL.match(source.text)
+            if runs and no_call and not cut_off:
+                self._take_back()
                 source.pos = 0
                 yield from self._code()
             else:
-                self._abort()
-                self._text(source.text[self._mark : source.pos])
+                yield from self._give_up()
 
     def _code(self) -> Steps[None]:
         """Everything that is left, as source code."""
         source = self._source
-        draft = self._draft = _Draft(_CODE, ['{"code": "'])
+        draft = self._draft = _Draft(_CODE, json=['{"code": "'])
         self._start(draft)
         while (yield from source.peek()):
             draft.json.append(escaped(source.text[source.pos :]))
@@ -354,6 +330,7 @@ class ReplyParser:
     def _call(self, bare: bool) -> Steps[None]:
         """One call or list of calls in any form; `bare` allows `name(...)` without brackets."""
         c = yield from self._source.peek()
+        self._opened = self._source.pos if c in ("{", "[") else None
         if c == "{":
             yield from self._json_call()
         elif c == "[":
@@ -365,6 +342,7 @@ class ReplyParser:
             names = self._names if bare or self._names else BUILTIN_CALLS
             yield from self._keyword_call(openings, names)
         self._mark = self._source.pos
+        self._opened = None
 
     def _json_call(self) -> Steps[None]:
         draft = self._draft = _Draft()
@@ -407,7 +385,7 @@ class ReplyParser:
             yield from self._members(draft, nested=True)
         elif key in ("name", "function"):
             draft.name = yield from self._quoted(self._names)
-            draft.held = draft.name in BUILTIN_CALLS
+            draft.held = draft.name in self._builtins
         else:
             yield from self._arguments(draft, c)
 
@@ -428,7 +406,7 @@ class ReplyParser:
         source = self._source
         yield from source.take("<function=")
         name = yield from self._name((">", "{", "<"), self._names)
-        draft = self._draft = _Draft(name, held=name in BUILTIN_CALLS)
+        draft = self._draft = _Draft(name, held=name in self._builtins)
         if source.text[source.pos - 1] != ">":  # a forgotten ">"
             source.pos -= 1
         if (yield from source.token()) == "{":
@@ -446,26 +424,32 @@ class ReplyParser:
             source.pos = end
 
     def _list(self) -> Steps[None]:
-        """Calls in brackets: pythonic ones or JSON objects."""
+        """Calls in brackets: pythonic ones or JSON objects. All of them or none; the bracket at
+        the end may be missing."""
         source = self._source
+        alone = self._hold is None
+        if alone:
+            self._begin_hold()
         yield from source.take("[")
         while True:
             if (yield from source.token()) == "{":
                 yield from self._json_call()
             else:
                 yield from self._keyword_call(("(",), self._names)
-            self._mark = source.pos
             if (yield from source.token()) == ",":
                 source.pos += 1
-            if (yield from source.token()) == "]":
-                source.pos += 1
-                return
+            if (yield from source.token()) in ("]", ""):
+                break
+        if not source.ended or source.pos < len(source.text):
+            source.pos += 1
+        if alone:
+            self._release()
 
     def _keyword_call(self, openings: tuple[str, ...], names: frozenset[str] | None) -> Steps[None]:
         """One of `names` and of `openings`, then keyword arguments and ")"."""
         source = self._source
         name = yield from self._name(openings, names)
-        draft = self._draft = _Draft(name, held=name in BUILTIN_CALLS)
+        draft = self._draft = _Draft(name, held=name in self._builtins)
         out = draft.json
         out.append("{")
         while (yield from source.token()) != ")":
@@ -549,14 +533,15 @@ class ReplyParser:
         if not draft.started:
             assert draft.name is not None
             draft.started = True
-            self._events.append(ToolCallStart(self._index, self._call_id(self._index), draft.name))
+            draft.id = self._call_id(self._index)
+            self._emit(ToolCallStart(self._index, draft.id, draft.name))
 
     def _flush(self) -> None:
         """Send what is there of the arguments of the call being read."""
         draft = self._draft
         if draft.started and not draft.held and (new := "".join(draft.json[draft.n_sent :])):
             draft.n_sent = len(draft.json)
-            self._events.append(ToolCallArgumentsDelta(self._index, new))
+            self._emit(ToolCallArgumentsDelta(self._index, new))
 
     def _end(self, draft: _Draft) -> None:
         assert draft.name is not None
@@ -565,15 +550,32 @@ class ReplyParser:
             arguments = _builtin_arguments(draft.name, arguments)
             draft.json, draft.held = [json.dumps(arguments, ensure_ascii=False)], False
         self._flush()
-        call = ToolCall(draft.name, arguments, self._call_id(self._index))
-        self._events.append(ToolCallEnd(self._index, call))
+        self._emit(ToolCallEnd(self._index, ToolCall(draft.name, arguments, draft.id)))
         self._leave(draft)
         self._gap = ""
         self._after_call = True
         self._mark = self._source.pos
 
-    def _abort(self) -> None:
-        if self._draft.started and not self._draft.ended:
+    def _emit(self, event: Event) -> None:
+        (self._events if self._hold is None else self._hold.events).append(event)
+
+    def _begin_hold(self) -> None:
+        self._hold = _Hold(self._index, self._gap, self._after_call, self._mark)
+
+    def _release(self) -> None:
+        """What was held is certain."""
+        if self._hold is not None:
+            self._events += self._hold.events
+            self._hold = None
+
+    def _take_back(self) -> None:
+        """The call being read is none, nor are those that were held with it."""
+        if self._hold is not None:
+            self._index, self._gap = self._hold.index, self._hold.gap
+            self._after_call, self._mark = self._hold.after_call, self._hold.mark
+            self._hold = None
+            self._draft = _Draft()
+        elif self._draft.started and not self._draft.ended:
             self._flush()  # so that the events do not tell how the text was cut
             self._events.append(ToolCallAbort(self._index))
             self._leave(self._draft)
@@ -591,6 +593,10 @@ def _trigger(names: frozenset[str] | None) -> re.Pattern[str] | None:
         return None
     firsts = "".join(sorted({re.escape(name[0]) for name in names or BUILTIN_CALLS}))
     return re.compile(rf"[{{\[<`]|(?<![\w.])[{firsts}]")
+
+
+def _random_id(index: int) -> str:
+    return "call_" + os.urandom(12).hex()
 
 
 def _is_name(text: str) -> bool:

@@ -3,18 +3,22 @@
 Jinja's immutable sandbox keeps a template away from Python's internals. What it does not bound is
 added here: every loop pass, macro call, filter, call, operator and printed value is charged to a
 `Meter` by the size of what it makes, before it is made where that can be much more than what went
-in. So a template neither runs for long nor fills the memory. The dialect is the one of Hugging
-Face chat templates. What is rendered, and what becomes of it, is in template.py.
+in. What is compared, hashed or written out is charged with all that is in it, as often as it is in
+it: few steps nest lists so that they hold one another billions of times. So a template neither
+runs for long nor fills the memory. The dialect is the one of Hugging Face chat templates. What is
+rendered, and what becomes of it, is in template.py.
 """
 
 import json
 import re
+import string
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from types import BuiltinMethodType
+from typing import Any, cast
 
 import jinja2
 from jinja2 import meta, nodes, pass_context
@@ -33,17 +37,22 @@ MAX_SOURCE = 1 << 18
 _MAX_NUMBER = 100_000  # of a width, a count, a range: what such an argument may be at most
 _MAX_BITS = 100_000  # of an integer
 _MAX_SECONDS = 10.0
-_WIDE = re.compile(r"\d{6}")
-_FIELD = re.compile(r"[%{]")
-_TICK, _CONCAT = "charge a pass", "join text"  # filter names that no template can spell
+_MAX_WIDTH = 1000  # of a field of a format
+_MAX_DEPTH = 500  # of nested lists; Python's own hash of tuples would overflow its stack
+_NUMBER = re.compile(r"\d+")
+_PRINTF = re.compile(r"%(?:\(.*?\))?([-#0 +*.\d]*)")
+# Filter names that no template can spell.
+_TICK, _CONCAT, _WEIGH, _WEIGH_KEYS = "charge a pass", "join text", "weigh", "weigh keys"
 # Filters that look at the entries of a list only one by one, or not at all. All others may write
 # out the whole of their input.
-_BY_ENTRY = frozenset({"attr", "batch", "count", "d", "default", "dictsort", "first", "groupby",
-                       "items", "last", "length", "list", "map", "max", "min", "random", "reject",
-                       "rejectattr", "reverse", "select", "selectattr", "slice", "sort", "sum",
-                       "unique"})  # fmt: skip
+_BY_ENTRY = frozenset({"attr", "batch", "count", "d", "default", "first", "items", "last", "length",
+                       "list", "map", "random", "reject", "rejectattr", "reverse", "select",
+                       "selectattr", "slice", "sum"})  # fmt: skip
+# Tests that look at more than the kind of a value.
+_DEEP_TESTS = ("in", "lower", "upper", "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan",
+               ">=", "ge", "<", "lt", "lessthan", "<=", "le")  # fmt: skip
 _HTML = ("pprint", "urlize", "wordwrap", "xmlattr")
-_REFUSED_METHODS = frozenset({"expandtabs", "translate"})
+_REFUSED_METHODS = frozenset({"encode", "expandtabs", "translate"})
 
 
 class TemplateLimit(Exception):
@@ -69,15 +78,18 @@ class Meter:
             raise TemplateLimit("it runs too long or writes too much")
 
     def charge_text(self, value: object) -> int:
-        """Pay for writing out `value` with all that is in it; how much that is."""
-        size, todo = 0, [value]
-        while todo and size <= self.left:
-            item = todo.pop()
-            size += 1 + _size(item)
-            if isinstance(item, list | tuple):
-                todo += item
-            elif isinstance(item, dict):
-                todo += [*item.keys(), *item.values()]
+        """Pay for writing out or comparing `value` with all that is in it; how much that is."""
+        size, depth, level = 0, 0, [value]
+        while level and size <= self.left:
+            if (depth := depth + 1) > _MAX_DEPTH:
+                raise TemplateLimit("lists in lists are too deep")
+            deeper: list[object] = []
+            for item in level:
+                size += 1 + _size(item)
+                if size > self.left:
+                    break
+                deeper += _entries(item)
+            level = deeper
         self.charge(size)
         return size
 
@@ -138,8 +150,20 @@ def _charged(pieces: Iterator[str], meter: Meter) -> Iterator[str]:
         yield piece
 
 
+def _entries(value: object) -> Iterable[object]:
+    """What is in a container that Python compares and writes out with its entries."""
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    if isinstance(value, ItemsView):
+        return [part for pair in value for part in pair]
+    return value if isinstance(value, _CONTAINERS) else ()
+
+
+_CONTAINERS = (list, tuple, set, frozenset, KeysView, ValuesView)
+
+
 def _size(value: object) -> int:
-    if isinstance(value, str | list | tuple | dict | range):
+    if isinstance(value, (str, bytes, range, ItemsView, dict, *_CONTAINERS)):
         return len(value)
     return value.bit_length() // 8 if isinstance(value, int) else 0
 
@@ -153,16 +177,18 @@ def _check_numbers(arguments: tuple[object, ...], named: Mapping[str, object]) -
 class _Environment(ImmutableSandboxedEnvironment):
     """Jinja's sandbox that also charges operators and calls."""
 
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    intercepted_binops = frozenset({"+", "-", "*", "**", "%"})
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
             _charge_product(left, right)
         elif operator == "**" and not _bits(left) * abs(right) <= _MAX_BITS:
             raise TemplateLimit(f"the power {right} is too large")
+        elif operator == "-":
+            _meter.get().charge_text((left, right))  # also what two dictionaries do not share
         elif operator == "%" and isinstance(left, str):
             _check_numbers(right if isinstance(right, tuple) else (), {})
-            _charge_format(left, right)
+            _charge_format(left, _PRINTF.findall(left), right)
         result = super().call_binop(context, operator, left, right)
         _meter.get().charge(_size(result))
         return result
@@ -170,13 +196,22 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         _check_numbers(args, kwargs)
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
+        if name in _REFUSED_METHODS or isinstance(owner, bytes):
+            raise TemplateLimit(f"the text method {name} is not available")
         if isinstance(owner, str):
-            if name in _REFUSED_METHODS:
-                raise TemplateLimit(f"the text method {name} is not available")
             args = _charge_growth(name, owner, args)
+        elif isinstance(obj, BuiltinMethodType) or name == "changed" or obj is _Namespace:
+            _meter.get().charge_text((args, kwargs))  # they compare or hash what they are given
+            if name in ("index", "count"):
+                _meter.get().charge_text(owner)
         result = super().call(context, obj, *args, **kwargs)
         _meter.get().charge(_size(result))
         return result
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if isinstance(argument, tuple):
+            _meter.get().charge_text(argument)
+        return super().getitem(obj, argument)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """Jinja's replacement of `str.format`, which is charged for what it writes."""
@@ -185,7 +220,9 @@ class _Environment(ImmutableSandboxedEnvironment):
             return None
 
         def charged(*args: Any, **kwargs: Any) -> str:
-            _charge_format(value.__self__, (*args, kwargs))
+            text = value.__self__
+            fields = [spec for *_, spec, _ in string.Formatter().parse(text) if spec is not None]
+            _charge_format(text, fields, (*args, kwargs))
             return safe(*args, **kwargs)
 
         return charged
@@ -200,16 +237,22 @@ def _charge_product(left: object, right: object) -> None:
     if _bits(left) + _bits(right) > _MAX_BITS:
         raise TemplateLimit("a number is too large")
     for value, count in ((left, right), (right, left)):
-        if isinstance(value, str | list | tuple) and isinstance(count, int):
+        if isinstance(value, str | bytes | list | tuple) and isinstance(count, int):
             _meter.get().charge(len(value) * max(count, 0))
 
 
-def _charge_format(text: str, values: object) -> None:
-    """Pay for each field of a format as if it held all values."""
-    if _WIDE.search(text):
-        raise TemplateLimit(f"a width in the format {text[:40]!r} is too large")
+def _charge_format(text: str, fields: list[str], values: object) -> None:
+    """Pay for each of the `fields` of a format, given by its flags, width and precision, as if it
+    held all values."""
+    shown = repr(text[:40])
     size = _meter.get().charge_text(values)
-    _meter.get().charge(size * len(_FIELD.findall(text)))
+    for field in fields:
+        if "*" in field or "{" in field:
+            raise TemplateLimit(f"a width in the format {shown} is not written there")
+        widths = [int(number[:9]) for number in _NUMBER.findall(field)]
+        if any(width > _MAX_WIDTH for width in widths):
+            raise TemplateLimit(f"a width in the format {shown} is over {_MAX_WIDTH}")
+        _meter.get().charge(size + sum(widths))
 
 
 def _charge_growth(name: str, text: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -248,10 +291,14 @@ class _Namespace(Namespace):
             raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} is refused")
         super().__setitem__(name, value)
 
+    def __repr__(self) -> str:
+        return "<Namespace>"  # Jinja's writes out all that is in it
+
 
 class _Metered(NodeTransformer):
     """Charges each pass of a loop or macro for itself and for the literal text inside, and puts
-    a charged filter in the place of the `~` operator."""
+    charged filters in the place of the `~` operator, around what is compared, and around the keys
+    of dictionaries."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -273,6 +320,20 @@ class _Metered(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         return _filter(nodes.List(node.nodes), _CONCAT)
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        node.expr = _filter(node.expr, _WEIGH)
+        for operand in node.ops:
+            within = operand.op in ("in", "notin")
+            operand.expr = _filter(operand.expr, _WEIGH_KEYS if within else _WEIGH)
+        return node
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        self.generic_visit(node)
+        for pair in node.items:
+            pair.key = _filter(pair.key, _WEIGH)
+        return node
 
 
 def _tick(node: nodes.Node) -> nodes.Expr:
@@ -300,6 +361,10 @@ def _environment() -> _Environment:
         environment.filters[name] = _metered(name, function)
     environment.filters[_TICK] = _charge_pass
     environment.filters[_CONCAT] = _metered(_CONCAT, _concat)
+    environment.filters |= {_WEIGH: _weigh, _WEIGH_KEYS: _weigh_keys}
+    for name in _DEEP_TESTS:
+        test = cast("Callable[..., bool]", environment.tests[name])
+        environment.tests[name] = _weighed(test)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["namespace"] = _Namespace
     environment.globals["dict"] = _dict
@@ -320,7 +385,8 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         else:
             meter.charge_text(args[at])
         if name == "format":
-            _charge_format(str(args[at]), (*args[at + 1 :], kwargs))
+            text = str(args[at])
+            _charge_format(text, _PRINTF.findall(text), (*args[at + 1 :], kwargs))
         elif name == "indent":
             lines = str(args[at]).count("\n") + 1
             meter.charge(lines * max(map(_width, (*args[at + 1 :], *kwargs.values())), default=0))
@@ -361,6 +427,31 @@ def _charge_printed(context: Context, value: Any) -> Any:
     return value
 
 
+def _weigh(value: Any) -> Any:
+    """`value`, paid for with all that is in it; text and numbers cost little to compare."""
+    if isinstance(value, (dict, ItemsView, *_CONTAINERS)):
+        _meter.get().charge_text(value)
+    return value
+
+
+def _weigh_keys(value: Any) -> Any:
+    """The same for what something is looked for in: of a dictionary only the keys matter, and
+    these have been paid for."""
+    return value if isinstance(value, dict) else _weigh(value)
+
+
+def _weighed(test: Callable[..., bool]) -> Callable[..., bool]:
+    """A test that pays for what it compares."""
+
+    @wraps(test)
+    def weighed(*args: Any) -> bool:
+        for value in args:
+            _weigh(value)
+        return test(*args)
+
+    return weighed
+
+
 def _charge_pass(literal: int) -> bool:
     _meter.get().charge(literal)
     return True
@@ -371,6 +462,7 @@ def _concat(parts: list[Any]) -> str:
 
 
 def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    _meter.get().charge_text(args)  # whose keys are hashed
     return dict(*args, **kwargs)
 
 

@@ -5,13 +5,18 @@ rendering, texts that look like special tokens are broken up by a private charac
 messages and tools; after rendering, what still looks like a special token was made by the template
 and becomes one, and the rest goes through ordinary BPE without the private character. So user text
 never becomes a special token, and text between two special tokens is encoded in one piece.
+
+Text is broken up whatever the case of its letters, as templates write `content|lower`. Other
+transformations that make a special token out of what was none (`reverse`, `replace`, or the
+template's own text on both sides of the user's) are not covered: that template is at fault.
 """
 
 import datetime
+import itertools
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
 
 _BASE_BUDGET = 1_000_000
 _BUDGET_PER_CHARACTER = 50
+_MAX_DATE = 200
 # Unicode's noncharacters are never text; the private use area is a reserve.
 _PRIVATE = (*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900))
 
@@ -60,7 +66,9 @@ class JinjaFormat:
         # A special token of one character cannot be told from text; no template relies on one.
         texts = sorted((t for t in tokenizer.special_ids if len(t) > 1), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
-        self._prefixes = tuple({t[:n] for t in texts for n in range(1, len(t))})
+        folded = [text.casefold() for text in texts]
+        self._folded = re.compile("|".join(map(re.escape, folded)) or r"(?!)")
+        self._prefixes = tuple({t[:n] for t in folded for n in range(1, len(t))})
         self._texts = {id: text for text, id in tokenizer.special_ids.items()}
 
     def render(
@@ -89,7 +97,7 @@ class JinjaFormat:
             )
         self._check_used(messages, offer)
         job = _Job(self, messages, offer, date)
-        text, spans = job.without_marks(job.run(len(messages), add_generation_prompt))
+        text, spans = job.without_marks(job.whole(add_generation_prompt))
         pieces = self._pieces(text, job.shield)
         ids = [id for piece in pieces for id in piece.ids]
         n_bos = next((i for i, id in enumerate(ids) if id != self.tokenizer.bos_id), len(ids))
@@ -117,13 +125,15 @@ class JinjaFormat:
         return value
 
     def _shielded_text(self, text: str, shield: str) -> str:
-        parts, at = [], 0
-        while found := self._special.search(text, at):
-            parts.append(text[at : found.start() + 1])
+        folded, owners = _casefolded(text)
+        cuts, at = [], 0
+        while found := self._folded.search(folded, at):
             at = found.start() + 1
-        text = shield.join([*parts, text[at:]])
-        body = text.rstrip()
-        return body + shield + text[len(body) :] if body.endswith(self._prefixes) else text
+            cuts.append(owners[found.start()] + 1)
+        if folded.rstrip().endswith(self._prefixes):
+            cuts.append(len(text.rstrip()))
+        edges = [0, *cuts, len(text)]
+        return shield.join(text[a:b] for a, b in itertools.pairwise(edges))
 
     def run(self, variables: dict[str, Any], meter: Meter) -> str:
         """The template's text for `variables`."""
@@ -201,6 +211,8 @@ class _Job:
         used = set(everything) | set(format.source)
         private = (chr(c) for c in _PRIVATE if chr(c) not in used)
         self._open, self._close, self.shield = next(private), next(private), next(private)
+        self._seal = next(private)
+        self._has_calls = any(message.tool_calls for message in messages)
         self._budget = _BASE_BUDGET + _BUDGET_PER_CHARACTER * len(everything)
         self._format = format
         self._messages = messages
@@ -214,6 +226,69 @@ class _Job:
             self._variables["builtin_tools"] = shielded["names"]
         if date is not None:
             self._variables["date_string"] = shielded["date"]
+
+    def whole(self, add_generation_prompt: bool) -> str:
+        """The chat, rendered; UserError if a call in it would not be in the prompt.
+
+        A message of calls without text has no content (`content is none` is how some templates
+        find the calls), except where the template would write "None" for it, fail, or lose calls.
+        """
+        if not self._has_calls:
+            return self.run(len(self._messages), add_generation_prompt)
+        none, empty = (self._try(content, add_generation_prompt) for content in (None, ""))
+        if isinstance(none, str) and isinstance(empty, str):
+            chosen = None if none.count("None") <= empty.count("None") else ""
+        else:
+            chosen = None if isinstance(none, str) else ""
+        text = self._try(chosen, add_generation_prompt)
+        if isinstance(text, UserError):
+            raise text
+        return text
+
+    def _try(self, content: str | None, add_generation_prompt: bool) -> str | UserError:
+        """The chat with that content for calls without text, now and in later runs; or what is
+        wrong with it."""
+        for message, fields in zip(self._messages, self._dicts, strict=True):
+            if message.tool_calls and not message.content:
+                fields["content"] = content
+        try:
+            text = self.run(len(self._messages), add_generation_prompt)
+            self._check_calls(text)
+        except UserError as error:
+            return error
+        return text
+
+    def _check_calls(self, text: str) -> None:
+        """Every call must be in the prompt. Its name may be there for other reasons (it was
+        offered), so the chat is rendered again with a seal on the names of calls."""
+        calls = [(i, call) for i, m in enumerate(self._messages) for call in m.tool_calls]
+        dicts, numbers = self._dicts, itertools.count()
+        self._dicts = [self._sealed(fields, numbers) for fields in dicts]
+        try:
+            sealed = self.run(len(dicts), False)
+            found = {int(n) for n in re.findall(f"{self._seal}(\\d+){self._seal}", sealed)}
+        except UserError:  # the template knows its tools by name: only the name itself is left
+            plain = text.replace(self.shield, "")
+            names = [json.dumps(call.name, ensure_ascii=False)[1:-1] for _, call in calls]
+            found = {n for n, name in enumerate(names) if name in plain}
+        finally:
+            self._dicts = dicts
+        for n, (i, call) in enumerate(calls):
+            if n not in found:
+                raise UserError(
+                    f"messages[{i}].tool_calls: this model's chat template leaves out the call of"
+                    f" {call.name!r}"
+                )
+
+    def _sealed(self, fields: dict[str, Any], numbers: Iterator[int]) -> dict[str, Any]:
+        """`fields` of a message with the names of its calls numbered."""
+        if "tool_calls" not in fields:
+            return fields
+        calls = []
+        for call in fields["tool_calls"]:
+            name = f"{call['function']['name']}{self._seal}{next(numbers)}{self._seal}"
+            calls.append(call | {"function": call["function"] | {"name": name}})
+        return fields | {"tool_calls": calls}
 
     def run(self, n_messages: int, add_generation_prompt: bool) -> str:
         """The first `n_messages` of the chat, rendered."""
@@ -250,6 +325,14 @@ class _Job:
         return spans
 
 
+def _casefolded(text: str) -> tuple[str, Sequence[int]]:
+    """`text` without the case of its letters, and of which character each of its characters is."""
+    if text.isascii():
+        return text.lower(), range(len(text))
+    folded = [c.casefold() for c in text]
+    return "".join(folded), [i for i, part in enumerate(folded) for _ in part]
+
+
 def _inside(starts: list[int], spans: list[Span]) -> list[bool]:
     """Whether each of the sorted `starts` lies in one of `spans`."""
     inside = [False] * len(starts)
@@ -281,6 +364,8 @@ def _clock(date: datetime.date | str | None) -> Callable[[str], str]:
     """`strftime_now` of a day, or of now."""
 
     def strftime_now(format: str) -> str:
+        if len(format) > _MAX_DATE:  # the C library would pad each field as far as it is told
+            raise UserError(f"strftime_now: a format of more than {_MAX_DATE} characters")
         day = date if isinstance(date, datetime.date) else datetime.datetime.now()
         return day.strftime(format)
 

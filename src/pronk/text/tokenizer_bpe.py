@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pronk.core.errors import CheckpointError
+from pronk.core.errors import CheckpointError, UserError
 from pronk.text.tokenizer_meta import LLAMA3_PATTERN
 from pronk.text.vocabulary import Roles, Tokenizer
 
@@ -62,8 +62,9 @@ class BpeTokenizer(Tokenizer):
 
     def _encode_ordinary(self, text: str) -> list[int]:
         ids: list[int] = []
-        for part in _parts(text) if self._cut_at_spaces else (text,):
-            ids += self._core.encode(part, add_special_tokens=False).ids
+        with Guarded(UserError, "text: this vocabulary cannot encode it"):
+            for part in _parts(text) if self._cut_at_spaces else (text,):
+                ids += self._core.encode(part, add_special_tokens=False).ids
         return ids
 
     def _ordinary_bytes(self, ids: Iterable[int]) -> bytes:
@@ -131,9 +132,12 @@ def make_core(
     from tokenizers.models import BPE
 
     try:
-        return Core(BPE(vocab, merges, ignore_merges=ignore_merges))
-    except Exception as error:  # the library raises no narrower one
-        raise CheckpointError(f"{source}: {_wrong_merge(vocab, merges) or error}") from None
+        with Guarded(CheckpointError, source):
+            return Core(BPE(vocab, merges, ignore_merges=ignore_merges))
+    except CheckpointError:
+        if wrong := _wrong_merge(vocab, merges):  # slow, and the library's words are few
+            raise CheckpointError(f"{source}: {wrong}") from None
+        raise
 
 
 def _wrong_merge(vocab: Mapping[str, int], merges: Sequence[tuple[str, ...]]) -> str | None:
@@ -158,8 +162,38 @@ def check_tokens(source: str, tokens: Collection[str]) -> None:
 
 
 def looks_special(text: str) -> bool:
-    """Files that forget to mark control tokens as such still write them like this."""
-    return len(text) > 4 and text.startswith("<|") and text.endswith("|>")
+    """Files that forget to mark control tokens as such still write them like this, DeepSeek's with
+    full-width bars."""
+    return len(text) > 4 and text[:2] in ("<|", "<\uff5c") and text[-2:] in ("|>", "\uff5c>")
+
+
+def marks_turns(text: str, template: str | None) -> bool:
+    """Whether a token that is not marked as special has to be so: the chat template writes it, as
+    in `[INST]`, `</s>` or `<user>`, and a user who could write it too would speak for others. White
+    space, plain words and bare punctuation are text wherever they stand."""
+    is_text = text.isspace() or not (re.search(r"\w", text) and re.search(r"[^\w\s]", text))
+    return not is_text and template is not None and text in template
+
+
+class Guarded:
+    """Turns whatever `tokenizers` and `tiktoken` raise into one `kind` of error, in one line.
+
+    Both are written in Rust, whose panics arrive as exceptions that are no `Exception`.
+    """
+
+    def __init__(self, kind: type[UserError], what: str) -> None:
+        self._kind, self._what = kind, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        if error is None or isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+            return
+        if not isinstance(error, UserError):
+            raise self._kind(f"{self._what}: {short(' '.join(str(error).split()))}") from None
 
 
 def short(text: str) -> str:

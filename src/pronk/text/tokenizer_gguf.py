@@ -14,10 +14,12 @@ from pronk.core.errors import CheckpointError
 from pronk.text.tokenizer_bpe import (
     PRE_TOKENIZERS,
     BpeTokenizer,
+    Guarded,
     check_tokens,
     in_byte_alphabet,
     looks_special,
     make_core,
+    marks_turns,
     pre_tokenizer,
     short,
 )
@@ -67,7 +69,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         what = f"has an empty token at {texts.index('')}" if texts else "is empty"
         raise CheckpointError(f"{_KEYS}.tokens {what}")
     ids = {key: _id(metadata, key, len(texts)) for key in ("bos_token_id", *_STOP_KEYS)}
-    tokens = _sorted_tokens(texts, _types(metadata, texts), set(ids.values()))
+    template = _chat_template(metadata)
+    tokens = _sorted_tokens(texts, _types(metadata, texts), set(ids.values()), template)
     roles = Roles(
         special_ids={text: id for id, text in tokens.special.items()},
         unused=tokens.unused,
@@ -75,7 +78,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         eos_id=ids["eos_token_id"],
         stop_ids={id for key in _STOP_KEYS if (id := ids[key]) is not None},
         add_bos=_get(metadata, "add_bos_token", bool, pre == "llama-bpe"),
-        chat_template=_chat_template(metadata),
+        chat_template=template,
     )
     return _make(tokens, _merges(metadata), pre, roles)
 
@@ -87,7 +90,8 @@ def _make(tokens: _Tokens, merges: list[tuple[str, str]], pre: str, roles: Roles
     vocab = _vocab(tokens)
     core = make_core(f"{_KEYS}.merges", vocab, merges, ignore_merges=is_llama3)
     core.pre_tokenizer = pre_tokenizer(pre)
-    core.add_tokens([AddedToken(text, normalized=False) for text in tokens.literal.values()])
+    with Guarded(CheckpointError, f"{_KEYS}.tokens"):
+        core.add_tokens([AddedToken(text, normalized=False) for text in tokens.literal.values()])
     texts = list(tokens.texts)
     for id, text in tokens.literal.items():
         texts[id] = in_byte_alphabet(text.encode())
@@ -106,9 +110,11 @@ def _vocab(tokens: _Tokens) -> dict[str, int]:
     return vocab
 
 
-def _sorted_tokens(texts: list[str], types: Sequence[int], named: Set[int | None]) -> _Tokens:
+def _sorted_tokens(
+    texts: list[str], types: Sequence[int], named: Set[int | None], template: str | None
+) -> _Tokens:
     """`named` are the ids with a role of their own (BOS, EOS, ...): special whatever their type,
-    as is a user-defined token that looks special."""
+    as is a user-defined token that looks special or that the chat template writes."""
     tokens = _Tokens(texts, {}, {}, {})
     for id, kind in enumerate(types):
         if kind == _NORMAL and id not in named:
@@ -116,11 +122,15 @@ def _sorted_tokens(texts: list[str], types: Sequence[int], named: Set[int | None
         text = texts[id]
         if kind == _UNUSED:
             tokens.unused[id] = text
-        elif kind == _USER_DEFINED and id not in named and not looks_special(text):
+        elif kind == _USER_DEFINED and id not in named and not _is_control(text, template):
             tokens.literal[id] = text
         else:
             tokens.special[id] = text
     return tokens
+
+
+def _is_control(text: str, template: str | None) -> bool:
+    return looks_special(text) or marks_turns(text, template)
 
 
 def _types(metadata: Mapping[str, Any], texts: list[str]) -> list[int]:

@@ -2,11 +2,15 @@
 
 Only byte-level BPE, as in Llama 3 and SmolLM; vocabularies of other kinds (SentencePiece in
 tokenizer.json, WordPiece, Unigram) are refused. The post-processor, which would put a BOS before
-every text, is only asked whether it does: chat formats bring their own. The flags lstrip, rstrip
+every text, is only asked whether it does: chat formats bring their own. Of the steps before merging
+only those are taken that vocabularies of the Llama architecture have: `tokenizers` knows others
+that crash it or never end on a malicious file. The flags lstrip, rstrip
 and single_word of special tokens, which no Llama vocabulary sets, are not looked at.
 """
 
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import chain
@@ -14,16 +18,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from pronk.core.errors import CheckpointError
+from pronk.core.files import read_json, read_regular_file
 from pronk.text.tokenizer_bpe import (
     BYTE_ALPHABET,
+    GPT2_PATTERN,
     BpeTokenizer,
+    Guarded,
     check_tokens,
     in_byte_alphabet,
     looks_special,
     make_core,
+    marks_turns,
     pre_tokenizer_name,
     short,
 )
+from pronk.text.tokenizer_meta import LLAMA3_PATTERN
 from pronk.text.vocabulary import Roles, Tokenizer
 
 if TYPE_CHECKING:
@@ -32,8 +41,29 @@ if TYPE_CHECKING:
 Json: TypeAlias = dict[str, Any]
 
 _MAX_IDS = 1 << 22
+_MAX_TEMPLATE = 1 << 22
+"""Bytes of chat_template.jinja; the longest known have some 20 thousand."""
 _OFF = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
 """Settings of the BPE model that byte-level vocabularies leave off."""
+_KINDS = {
+    "normalizer": {"Sequence", "NFC", "NFD", "NFKC", "NFKD"},
+    "pre_tokenizer": {"Sequence", "ByteLevel", "Digits", "Punctuation", "Split"},
+    "decoder": {"Sequence", "ByteLevel", "Fuse"},
+}
+"""The steps that byte-level vocabularies of the Llama architecture have."""
+_PATTERNS = frozenset(
+    {
+        LLAMA3_PATTERN,
+        LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"),  # Qwen's, in models remade as Llamas
+        GPT2_PATTERN,
+        r"\s+$",  # DeepSeek LLM
+    }
+)
+_ONE_RUN = re.compile(
+    r"(?:\\s\?)?(?:\[(?:\\.|[^\[\]\\&])+\]|\\[pP]\{\w+\}){1,3}(?:\+|\{1,3\})?", re.DOTALL
+)
+"""Expressions that need no search: up to three classes of characters, the last one repeated. Such
+are Falcon 3's threes of digits, and DeepSeek's line ends, letters, punctuation and ideographs."""
 _ADDED_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
 
@@ -70,7 +100,8 @@ def tokenizer_from_hf(folder: Path) -> Tokenizer:
     config |= _read_json(folder / "tokenizer_config.json")
     model = _read_model(path, spec)
     bos, eos = (_named_token(folder, config, key) for key in ("bos_token", "eos_token"))
-    tokens = _all_tokens(path, spec, model.vocab, {bos, eos})
+    template = _chat_template(folder, config)
+    tokens = _all_tokens(path, spec, model.vocab, {bos, eos}, template)
     size = max(tokens.texts) + 1
     roles = Roles(
         special_ids=tokens.special,
@@ -79,7 +110,7 @@ def tokenizer_from_hf(folder: Path) -> Tokenizer:
         eos_id=None if eos is None else tokens.special[eos],
         stop_ids=set(_stop_ids(folder, size)),
         add_bos=_adds_bos(folder, config, spec, bos),
-        chat_template=_chat_template(folder, config),
+        chat_template=template,
     )
     return _make(path, spec, model, tokens, roles)
 
@@ -96,7 +127,8 @@ def _make(path: Path, spec: Json, model: _Model, tokens: _Tokens, roles: Roles) 
     core.pre_tokenizer = steps.pre_tokenizer
     for text, added in tokens.literal.items():
         flags = {flag: bool(added.get(flag, False)) for flag in _ADDED_FLAGS}
-        core.add_tokens([AddedToken(text, **flags)])
+        with Guarded(CheckpointError, f"{path}: added_tokens"):
+            core.add_tokens([AddedToken(text, **flags)])
     name = pre_tokenizer_name(core.pre_tokenizer)
     return BpeTokenizer(
         core,
@@ -124,6 +156,12 @@ def _read_model(path: Path, spec: Json) -> _Model:
             raise CheckpointError(
                 f"{path}: model.{setting} is {short(str(model[setting]))};"
                 " only byte-level BPE without it is supported"
+            )
+    for step, known in _KINDS.items():
+        if wrong := _kinds(spec.get(step)) - known:
+            raise CheckpointError(
+                f"{path}: {step} {short(min(wrong))} is not supported;"
+                f" {', '.join(sorted(known))} are"
             )
     for step in ("pre_tokenizer", "decoder"):
         if "ByteLevel" not in _kinds(spec.get(step)):
@@ -175,24 +213,47 @@ def _steps(path: Path, spec: Json) -> "tokenizers.Tokenizer":
     """The normalizer and pre-tokenizer of the file, on an empty vocabulary."""
     from tokenizers import Tokenizer as Core
 
+    _check_patterns(path, spec.get("pre_tokenizer"))
     empty = {"type": "BPE", "vocab": {}, "merges": []}
     kept = {key: spec.get(key) for key in ("normalizer", "pre_tokenizer")}
-    try:
+    with Guarded(CheckpointError, str(path)):
         return Core.from_str(json.dumps({"version": "1.0", "model": empty, **kept}))
-    except Exception as error:  # the library raises no narrower one
-        raise CheckpointError(f"{path}: {short(str(error))}") from None
+
+
+def _check_patterns(path: Path, step: Any) -> None:
+    """Expressions that text is split at: only known ones, and those that cannot run for long."""
+    for part in _walk(step):
+        if part.get("type") != "Split":
+            continue
+        match part.get("pattern"):
+            case {"Regex": str(pattern)} if pattern in _PATTERNS or _ONE_RUN.fullmatch(pattern):
+                pass
+            case pattern:
+                raise CheckpointError(
+                    f"{path}: pre_tokenizer splits at {short(str(pattern))}, which no known"
+                    " vocabulary of the Llama architecture does; such expressions are refused"
+                )
 
 
 def _all_tokens(
-    path: Path, spec: Json, vocab: Mapping[str, int], named: Set[str | None]
+    path: Path,
+    spec: Json,
+    vocab: Mapping[str, int],
+    named: Set[str | None],
+    template: str | None,
 ) -> _Tokens:
-    """`named` are the texts of BOS and EOS, which are special whatever the file says."""
+    """`named` are the texts of BOS and EOS, which are special whatever the file says, as are those
+    that look so or that the chat template writes."""
     added = _added_tokens(path, spec)
     ids = _ids(path, vocab, added)
     for text in sorted(filter(None, named)):
         if text not in ids:
             raise CheckpointError(f"{path}: {short(text)} is BOS or EOS, but no token")
-    special = {t: ids[t] for t, a in added.items() if a.get("special") or looks_special(t)}
+    special = {
+        text: ids[text]
+        for text, token in added.items()
+        if token.get("special") or looks_special(text) or marks_turns(text, template)
+    }
     special |= {text: ids[text] for text in named if text is not None}
     literal = {text: token for text, token in added.items() if text not in special}
     check_tokens(str(path), vocab.keys() - added.keys() - special.keys())
@@ -278,8 +339,8 @@ def _first_special(template: Json) -> Any:
 
 def _chat_template(folder: Path, config: Json) -> str | None:
     path = folder / "chat_template.jinja"
-    if (text := _read(path)) is not None:
-        return text
+    if os.path.lexists(path):
+        return _read_template(path)
     template = config.get("chat_template")
     if isinstance(template, list):
         entries = [entry for entry in template if isinstance(entry, dict)]
@@ -289,23 +350,14 @@ def _chat_template(folder: Path, config: Json) -> str | None:
     return template
 
 
+def _read_template(path: Path) -> str:
+    try:
+        text = read_regular_file(path, _MAX_TEMPLATE).decode()
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path}: cannot be read: not UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as text files are read everywhere
+
+
 def _read_json(path: Path) -> Json:
     """The object in a file; empty where there is no file."""
-    text = _read(path)
-    try:
-        content = {} if text is None else json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: must be a JSON object, is a {type(content).__name__}")
-    return content
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise CheckpointError(f"{path}: cannot be read: {reason}") from None
+    return read_json(path) if os.path.lexists(path) else {}

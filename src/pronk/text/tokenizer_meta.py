@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pronk.core.errors import CheckpointError
+from pronk.core.files import read_regular_file
 from pronk.text.vocabulary import Roles, Tokenizer
 
 LLAMA3_PATTERN = (
@@ -21,6 +22,7 @@ LLAMA3_PATTERN = (
 
 _MAX_RANKS = 128_000
 _MAX_BYTES = 16 << 20
+"""Llama 3's tokenizer.model has 2 MB."""
 _N_SPECIAL = 256
 _NAMED = (
     "<|begin_of_text|>",
@@ -86,7 +88,7 @@ def tokenizer_from_meta(path: Path) -> Tokenizer:
 def _read_tokens(path: Path) -> list[bytes]:
     tokens: list[bytes] = []
     seen: set[bytes] = set()
-    for number, line in enumerate(_read(path).split(b"\n"), 1):
+    for number, line in enumerate(read_regular_file(path, _MAX_BYTES).split(b"\n"), 1):
         if not line:
             continue
         encoded, _, rank = line.rstrip(b"\r").partition(b" ")
@@ -108,16 +110,3 @@ def _read_tokens(path: Path) -> list[bytes]:
         seen.add(token)
         tokens.append(token)
     return tokens
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-    if len(content) > _MAX_BYTES:
-        raise CheckpointError(
-            f"{path}: over {_MAX_BYTES} bytes; Llama 3's tokenizer.model has 2 MB"
-        )
-    return content
