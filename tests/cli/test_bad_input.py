@@ -38,6 +38,7 @@ def folder(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 MISTAKES = [
+    ("bench tiny.gguf --threads 9", "--threads: 9 is more than 8, 4 for each processor"),
     # the model
     ("generate smolm2-135m hi", "MODEL: unknown model 'smolm2-135m'; did you mean smollm2-135m?"),
     ("chat xyzzy hi", "MODEL: unknown model 'xyzzy'; give a name of `pronk list --all`"),

@@ -8,6 +8,7 @@ import click
 
 from pronk.cli.common import (
     LoadOptions,
+    check_threads,
     columns,
     emit,
     json_option,
@@ -82,6 +83,7 @@ def run_bench(model: str, plan: "Plan", load: LoadOptions, progress: "Progress")
     from pronk.checkpoints.pull import locate
     from pronk.engine import bench as measure
 
+    check_threads(load.threads)
     path = locate(model, progress=progress)
     ops = cast("LoadOps", select_backend(load.backend))
     subject = measure.load_subject(
