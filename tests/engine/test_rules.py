@@ -2,6 +2,7 @@
 on nothing but its own request."""
 
 import hashlib
+import itertools
 import linecache
 import sys
 from collections import Counter
@@ -560,16 +561,23 @@ def _is_atomic(line: str) -> bool:
 
 
 class Interrupter:
-    """A trace function that raises KeyboardInterrupt after so many lines of the book-keeping."""
+    """A trace function that raises KeyboardInterrupt after so many lines of the book-keeping, and
+    after so many again. `lines` are those that it saw."""
 
-    def __init__(self, gaps: list[int]) -> None:
-        self.gaps = gaps
+    def __init__(self, gaps: Sequence[int], only: Sequence[str] = ()) -> None:
+        """`only`: names of the functions whose lines count, if not all."""
+        self.gaps = list(gaps)
+        self.lines: list[tuple[str, int]] = []
+        self._only = only
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> Any:
         code = frame.f_code
         if code.co_filename not in BOOK_KEEPING:
             return None
-        if event == "line" and not _is_atomic(linecache.getline(code.co_filename, frame.f_lineno)):
+        line = linecache.getline(code.co_filename, frame.f_lineno)
+        counts = not self._only or code.co_name in self._only
+        if event == "line" and counts and not _is_atomic(line) and self.gaps:
+            self.lines.append((code.co_filename, frame.f_lineno))
             self.gaps[0] -= 1
             if self.gaps[0] <= 0:
                 self.gaps.pop(0)
@@ -577,7 +585,7 @@ class Interrupter:
         return self
 
     def interrupts(self, call: Callable[[], object]) -> bool:
-        if not self.gaps:
+        if not self.gaps:  # tracing is slow
             call()
             return False
         before = sys.gettrace()
@@ -591,39 +599,31 @@ class Interrupter:
         return False
 
 
-@settings(max_examples=300, deadline=None)
-@given(
-    gaps=st.lists(st.integers(1, 600), min_size=1, max_size=8),
-    again=st.booleans(),
-    prefix_cache=st.booleans(),
-)
-def test_an_interruption_anywhere_leaves_the_books_in_order(
-    gaps: list[int], again: bool, prefix_cache: bool
-) -> None:
+ASKED = [([1] * 70, 30), ([1] * 70 + [2], 9), ([3], 40), ([1] * 40, 50), ([4] * 64, 3)]
+EXPECTED = [expected(prompt, n) for prompt, n in ASKED]
+
+
+def check_interrupted(interrupter: Interrupter, prefix_cache: bool) -> None:
     """No block is lost, no request is forgotten; an answer is right, or it is the one (for each
-    interruption) that was being written, and says so. With `again` the recovery is interrupted."""
+    interruption) that was being written, and says so."""
     engine = make_engine(6, max_batch=3, token_budget=40, prefix_cache=prefix_cache)
-    interrupter, n_interruptions = Interrupter(list(gaps)), len(gaps)
-    asked = [([1] * 70, 30), ([1] * 70 + [2], 9), ([3], 40), ([1] * 40, 50), ([4] * 64, 3)]
+    n_interruptions = len(interrupter.gaps)
     requests: list[tuple[Request, list[int]]] = []
-    for prompt, n in asked:
+    for (prompt, n), wanted in zip(ASKED, EXPECTED, strict=True):
         request = Request(prompt, SamplingParams(max_tokens=n), text=Letter())
         if interrupter.interrupts(lambda r=request: engine.add(r)):  # type: ignore[misc]
             engine.abort(request)  # as its owner does
         else:
-            requests.append((request, expected(prompt, n)))
+            requests.append((request, wanted))
     n_steps = 0
     while engine.has_work:
-        if interrupter.interrupts(engine.step):
-            engine._in_order = engine._in_order and not again
-        else:
-            check_accounts(engine)
+        interrupter.interrupts(engine.step)
+        check_accounts(engine)
         n_steps += 1
         assert n_steps < 2000, "no progress"
-        if n_steps == 20 and requests:
-            interrupter.interrupts(lambda: engine.abort(requests[0][0]))
-    engine.abort(requests[0][0] if requests else make_request([1]))  # a turn without interruption
-    check_accounts(engine)
+        if n_steps == 20 and len(requests) > 2:
+            interrupter.interrupts(lambda: engine.abort(requests[2][0]))
+            check_accounts(engine)
     assert engine.scheduler.pool.n_referenced == 0
     failed = [request for request, _ in requests if request.finish_reason == "error"]
     assert len(failed) <= n_interruptions - len(interrupter.gaps)
@@ -636,9 +636,64 @@ def test_an_interruption_anywhere_leaves_the_books_in_order(
         if request.finish_reason == "length":
             assert request.output == wanted
             assert request.text == "x" * len(wanted) + "."
-    after = make_request([1] * 70, 30)
+    after = make_request(*ASKED[0])
     engine.run([after])
-    assert after.output == expected([1] * 70, 30)
+    assert after.output == EXPECTED[0]
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_an_interruption_at_any_line_leaves_the_books_in_order(prefix_cache: bool) -> None:
+    """The first, the middle and the last time that each line runs."""
+    seen = Interrupter([1_000_000])
+    check_interrupted(seen, prefix_cache)
+    times: dict[tuple[str, int], list[int]] = {}
+    for i, line in enumerate(seen.lines, 1):
+        times.setdefault(line, []).append(i)
+    assert len(times) > 120
+    points = {at for line in times.values() for at in (line[0], line[len(line) // 2], line[-1])}
+    for point in sorted(points):
+        check_interrupted(Interrupter([point]), prefix_cache)
+
+
+@settings(max_examples=60, deadline=None)
+@given(gaps=st.lists(st.integers(1, 600), min_size=2, max_size=8), prefix_cache=st.booleans())
+def test_several_interruptions_leave_the_books_in_order(
+    gaps: list[int], prefix_cache: bool
+) -> None:
+    check_interrupted(Interrupter(gaps), prefix_cache)
+
+
+def test_an_interruption_of_the_recovery_is_made_good_in_the_next_turn() -> None:
+    """A step fails, and what should put things in order is interrupted at any of its lines."""
+    for point in itertools.count(1):
+        engine = make_engine(7, max_batch=3, token_budget=40)
+        requests = [make_request(prompt, n) for prompt, n in ASKED]
+        for request in requests:
+            engine.add(request)
+        for _ in range(5):
+            engine.step()
+        assert len(engine.scheduler.running) > 1
+        model = engine._model
+        assert isinstance(model, FakeModel)
+        run = model.run
+
+        def failing(slices: Sequence[Slice]) -> list[Outcome]:
+            raise MemoryError
+
+        model.run = failing  # type: ignore[method-assign]
+        interrupter = Interrupter([point], only=["recover", "forget_references"])
+        try:
+            interrupted = interrupter.interrupts(engine.step)
+        except MemoryError:
+            assert interrupter.gaps, "no more lines"
+            break
+        assert interrupted
+        model.run = run  # type: ignore[method-assign]
+        while engine.has_work:
+            engine.step()
+            check_accounts(engine)
+        assert [request.output for request in requests] == EXPECTED
+    assert point > 20
 
 
 # Observers

@@ -107,17 +107,16 @@ class BlockPool:
                 self._cached[block] = None
 
     def forget_references(self) -> None:
-        """No block is in any table now. What is known to be stored stays findable, and the accounts
-        balance, whatever half-done call an exception has left behind."""
-        known = {key: b for key, b in self._block_of.items() if self._key_of[b] == key}
-        key_of: list[bytes | None] = [None] * self.n_blocks
-        for key, block in known.items():
-            key_of[block] = key
-        unused = [block for block in self._cached if key_of[block] is not None]
-        self._block_of, self._key_of = known, key_of
+        """No block is in any table now. What is stored can still be found, and the accounts
+        balance, whatever an exception has left half done: all else follows from `_block_of`."""
+        stored = dict.fromkeys(reversed(self._block_of.values()))
+        unused = [block for block in self._cached if block in stored]
+        self._key_of = [None] * self.n_blocks
+        for key, block in self._block_of.items():
+            self._key_of[block] = key
         self._refs = [0] * self.n_blocks
-        self._cached = OrderedDict.fromkeys([*unused, *reversed(known.values())])
-        self._free = [b for b in range(self.n_blocks - 1, -1, -1) if key_of[b] is None]
+        self._cached = OrderedDict.fromkeys([*unused, *stored])
+        self._free = [b for b in range(self.n_blocks - 1, -1, -1) if self._key_of[b] is None]
 
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
