@@ -210,7 +210,7 @@ void store_float_value(const KvLayer& kv, int64_t block, int64_t g, int64_t at, 
 float store_codes(const float* x, int64_t n, int8_t* to, int64_t step) {
     float padded[kMaxHeadDim] = {};
     std::memcpy(padded, x, n * sizeof(float));
-    const Rounding rounding = rounding_of(padded, (n + W - 1) / W * W, 127.0f);
+    const Rounding rounding = rounding_of(peak_of(padded, (n + W - 1) / W * W), 127.0f);
     for (int64_t i = 0; i < n; i += W) {
         const vi q = round_to_int(padded + i, rounding);
         for (int lane = 0; lane < W && i + lane < n; ++lane) to[(i + lane) * step] = int8_t(q[lane]);

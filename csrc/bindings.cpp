@@ -50,10 +50,7 @@ const uint8_t* checked_rows(const Bytes& data, const KindInfo& info, int64_t k) 
 // A packed weight and the memory it lies in.
 class PackedWeight {
   public:
-    PackedWeight(int64_t k, bool precise) {
-        weight_.k = k;
-        weight_.precise = precise;
-    }
+    explicit PackedWeight(int64_t k) { weight_.k = k; }
     PackedWeight(const PackedWeight&) = delete;
 
     void append(int kind, const Bytes& data) {
@@ -213,7 +210,7 @@ NB_MODULE(_cpu, m) {
     m.def("measure_int8", &measure_int8, "threads"_a, "seconds"_a, nb::call_guard<nb::gil_scoped_release>());
 
     nb::class_<PackedWeight>(m, "PackedWeight")
-        .def(nb::init<int64_t, bool>(), "k"_a, "precise"_a)
+        .def(nb::init<int64_t>(), "k"_a)
         .def("append", &PackedWeight::append, "kind"_a, "data"_a)
         .def_prop_ro("rows", [](const PackedWeight& w) { return w.weight().rows; })
         .def_prop_ro("k", [](const PackedWeight& w) { return w.weight().k; })

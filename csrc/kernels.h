@@ -18,7 +18,6 @@ struct Segment {
 
 struct Weight {
     int64_t rows = 0, k = 0;
-    bool precise = false;  // activations are quantized to 16 bits instead of 8
     std::vector<Segment> segments;  // stacked along the outputs
 };
 
@@ -81,9 +80,8 @@ struct Kernels {
     int group_rows;  // outputs of one linear_group call
     // Outputs of `panels` successive panels for all rows: out [rows][group_rows].
     void (*linear_group)(Pack, const LinearInputs&, const uint8_t* panel, int panels, float* out);
-    // One row to integers in blocks of 32: scale = largest magnitude / 127, or / 32512 with `low`.
-    void (*quantize_row)(const float* x, int64_t k, int8_t* high, int8_t* low, float* scales, int32_t* sums,
-                         float* fsums);
+    // Row t of `rows` rows of activations to integers, into the layout of QuantizedRows.
+    void (*quantize_row)(const float* x, int64_t k, int64_t rows, int64_t t, int8_t* q, int8_t* fine, RowBlock* blocks);
     // y = x / rms(x) * w; with a residual, sum = x + residual is stored and normalized instead.
     void (*rms_norm_row)(int64_t dim, const float* x, const float* w, float eps, const float* residual,
                          float* sum, float* y);

@@ -89,14 +89,27 @@ static constexpr size_t block_offset(Pack pack, int64_t b) {
     return offset;
 }
 
-// Rows of activations, quantized in blocks of 32 inputs: q * scale, q being `high` alone (8 bits)
-// or 256 * high + low (16 bits, for weights that ask for it).
+// What a block of 32 activations x contributes beside its integers q: x is about (q + r/256) * scale,
+// q and r being bytes. Most blocks have no fine part r; see quantize_row.
+struct RowBlock {
+    float scale, sum;            // of x as rounded
+    int16_t q_sum, q_first;      // sums of q: all 32, the first 16
+    int16_t fine_sum, fine_first;  // the same of r
+};
+constexpr int16_t kNoFine = -32768;  // as fine_sum, whose magnitude is at most 4096
+
+// Quantized rows. A span is kSpan blocks of every row, one row after another, so that a kernel that
+// works its way along the inputs reads one run of memory, rows a known distance apart. The last span
+// has room for as many blocks as the others.
+constexpr int kSpan = 8;
+constexpr int kSpanInputs = kSpan * kBlock;
+
+static constexpr int64_t spans_of(int64_t k) { return (k + kSpanInputs - 1) / kSpanInputs; }
+
 struct QuantizedRows {
-    const int8_t *high, *low;  // [T][K]; low may be null
-    const float* scales;       // [T][K/32]
-    const int32_t* sums;       // [T][K/16] sums of q, for zero points
-    const float* fsums;        // [T][K/16] the same times the scale, for minimums
-    int64_t k;
+    const int8_t *q, *fine;  // [spans][T][256]
+    const RowBlock* blocks;  // [spans][T][8]
+    int64_t rows, k;
 };
 
 }  // namespace pronk

@@ -12,30 +12,26 @@ constexpr int64_t kMaxRows = 512;  // rows of one pass: bounds the scratch
 
 // Kept by the calling thread from one call to the next.
 struct Buffers {
-    std::vector<int8_t> high, low;
-    std::vector<float> scales, fsums;
-    std::vector<int32_t> sums;
+    std::vector<int8_t> q, fine;
+    std::vector<RowBlock> blocks;
 };
 
-QuantizedRows quantize(const float* x, int64_t rows, int64_t k, bool precise, Buffers& buffers) {
-    const int64_t blocks = k / kBlock;
-    buffers.high.resize(rows * k);
-    if (precise) buffers.low.resize(rows * k);
-    buffers.scales.resize(rows * blocks);
-    buffers.sums.resize(rows * blocks * 2);
-    buffers.fsums.resize(rows * blocks * 2);
-    int8_t* low = precise ? buffers.low.data() : nullptr;
+QuantizedRows quantize(const float* x, int64_t rows, int64_t k, Buffers& buffers) {
+    const size_t numbers = size_t(rows) * spans_of(k) * kSpanInputs;
+    if (buffers.q.size() < numbers) {
+        buffers.q.resize(numbers);
+        buffers.fine.resize(numbers);
+        buffers.blocks.resize(numbers / kBlock);
+    }
     const auto one = [&](int64_t t) {
-        kernels().quantize_row(x + t * k, k, buffers.high.data() + t * k, low ? low + t * k : nullptr,
-                               buffers.scales.data() + t * blocks, buffers.sums.data() + t * blocks * 2,
-                               buffers.fsums.data() + t * blocks * 2);
+        kernels().quantize_row(x + t * k, k, rows, t, buffers.q.data(), buffers.fine.data(), buffers.blocks.data());
     };
     if (rows < 8) {  // less work than waking a thread
         for (int64_t t = 0; t < rows; ++t) one(t);
     } else {
         parallel_for(rows, one);
     }
-    return {buffers.high.data(), low, buffers.scales.data(), buffers.sums.data(), buffers.fsums.data(), k};
+    return {buffers.q.data(), buffers.fine.data(), buffers.blocks.data(), rows, k};
 }
 
 struct Task {
@@ -73,7 +69,7 @@ void linear_pass(const Weight& weight, int64_t rows, const float* x, float* y) {
     LinearInputs in{x, {}, rows, weight.k};
     const bool any_quantized = std::any_of(weight.segments.begin(), weight.segments.end(),
                                            [](const Segment& s) { return !pack_info(s.pack).dense; });
-    if (any_quantized) in.quantized = quantize(x, rows, weight.k, weight.precise, buffers);
+    if (any_quantized) in.quantized = quantize(x, rows, weight.k, buffers);
     const std::vector<Task> tasks = list_tasks(weight);
     // a few claims for each thread: enough to even out, few enough not to contend
     const int64_t n = int64_t(tasks.size());

@@ -7,7 +7,7 @@ namespace pronk::PRONK_ISA {
 
 extern const int group_rows;
 void linear_group(Pack, const LinearInputs&, const uint8_t*, int, float*);
-void quantize_row(const float*, int64_t, int8_t*, int8_t*, float*, int32_t*, float*);
+void quantize_row(const float*, int64_t, int64_t, int64_t, int8_t*, int8_t*, RowBlock*);
 void attend(const KvLayer&, const QueryTile&, int64_t, int64_t, const Partial&);
 void merge(int64_t, int64_t, const Partial&, const Partial&);
 void store_key(const KvLayer&, int64_t, int64_t, int64_t, const float*);

@@ -146,16 +146,8 @@ PRONK_INLINE vi dot4_of(vi acc, vb codes, int32_t a) {
 PRONK_INLINE vb shift_right(vb v, int n) { return reinterpret_cast<vb>(reinterpret_cast<vs>(v) >> n); }
 PRONK_INLINE vb shift_left(vb v, int n) { return reinterpret_cast<vb>(reinterpret_cast<vs>(v) << n); }
 
-// How a run of floats becomes integers of `levels` steps each side of zero.
-struct Rounding {
-    float inverse, scale;
-    bool zero;  // all integers are 0: the run is, or its scale is not a number
-};
-
-// Scale of the n floats at x (n a multiple of W). A NaN or an infinity among them makes the scale
-// NaN, so that it reaches every sum; what is smaller than any activation counts as zero, because
-// its inverse would overflow.
-PRONK_INLINE Rounding rounding_of(const float* x, int64_t n, float levels) {
+// Largest magnitude of the n floats at x (n a multiple of W); NaN if one of them is NaN.
+PRONK_INLINE float peak_of(const float* x, int64_t n) {
     vi largest{};
     for (int64_t i = 0; i < n; i += W) {
         const vi bits = load<vi>(x + i) & 0x7fffffff;  // ordered as the magnitudes are, NaN last
@@ -164,8 +156,19 @@ PRONK_INLINE Rounding rounding_of(const float* x, int64_t n, float levels) {
     int32_t lanes[W], top = 0;
     store(lanes, largest);
     for (int i = 0; i < W; ++i) top = lanes[i] > top ? lanes[i] : top;
-    const float peak = bits_to_float(uint32_t(top));
-    if (top >= 0x7f800000) return {0.0f, __builtin_nanf(""), true};
+    return bits_to_float(uint32_t(top));
+}
+
+// How floats up to `peak` become integers of `levels` steps each side of zero.
+struct Rounding {
+    float inverse, scale;
+    bool zero;  // all integers are 0: the floats are, or their scale is not a number
+};
+
+// A peak that is NaN or infinite makes the scale NaN, so that it reaches every sum; what is smaller
+// than any activation counts as zero, because its inverse would overflow.
+PRONK_INLINE Rounding rounding_of(float peak, float levels) {
+    if (!(peak <= 3.4028235e38f)) return {0.0f, __builtin_nanf(""), true};
     if (peak < 1e-30f) return {0.0f, 0.0f, true};
     return {levels / peak, peak / levels, false};
 }
@@ -207,6 +210,12 @@ PRONK_INLINE float sum_lanes(vf v) {
     for (int half = W / 2; half > 0; half /= 2)
         for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
     return lanes[0];
+}
+
+PRONK_INLINE int32_t sum_lanes(vi v) {
+    int32_t total = 0;
+    for (int i = 0; i < W; ++i) total += v[i];
+    return total;
 }
 
 PRONK_INLINE float max_lanes(vf v) {

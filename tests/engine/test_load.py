@@ -16,7 +16,7 @@ from pronk.checkpoints.checkpoint import Checkpoint, Stored
 from pronk.checkpoints.names import native_name
 from pronk.core.config import ModelConfig
 from pronk.core.errors import UserError
-from pronk.engine.load import PRECISE, load_model, need_of, use_threads, weight_bytes
+from pronk.engine.load import load_model, need_of, use_threads, weight_bytes
 from pronk.model.rope import rope_table
 
 TIED = replace(CONFIG, tied_embeddings=True)
@@ -134,29 +134,6 @@ def test_weight_bytes_ask_the_backend_for_each_kind(ops: ModuleType) -> None:
     assert ("F16", CONFIG.dim, CONFIG.ffn_dim) in asked
     assert sum(kind == "F16" for kind, _, _ in asked) == 1
     assert len(asked) == 7 * CONFIG.n_layers + 1
-
-
-def test_activation_bits() -> None:
-    """16: all weights are precise; 8: those of PRECISE and the output; None: the model is small."""
-    for bits, all_of_them in ((16, True), (8, False), (None, True)):
-        precise: list[bool] = []
-
-        class Ops:
-            def __getattr__(self, name: str) -> Any:
-                return getattr(reference, name)
-
-            def make_weight(
-                self, tensors: Any, *, precise: bool, seen: list[bool] = precise
-            ) -> Any:
-                seen.append(precise)
-                return reference.make_weight(tensors)
-
-        ops: Any = Ops()
-        chosen: Any = bits
-        load_model(Watched(CONFIG).checkpoint, ops, n_positions=8, activation_bits=chosen)
-        assert len(precise) == 4 * CONFIG.n_layers + 1
-        expected = CONFIG.n_layers * len(PRECISE) + 1
-        assert sum(precise) == (len(precise) if all_of_them else expected)
 
 
 def test_without_a_wish_the_threads_are_those_that_the_backend_finds_best() -> None:

@@ -37,8 +37,8 @@ def packed_bytes(kind: str, rows: int, cols: int) -> int:
     return int(_cpu.packed_bytes(KINDS[kind].ggml_id, rows, cols))
 
 
-def make_weight(tensors: Sequence[RawTensor], *, precise: bool = False) -> _cpu.PackedWeight:
-    weight = _cpu.PackedWeight(tensors[0].shape[1], precise)
+def make_weight(tensors: Sequence[RawTensor]) -> _cpu.PackedWeight:
+    weight = _cpu.PackedWeight(tensors[0].shape[1])
     for tensor in tensors:
         weight.append(KINDS[tensor.kind].ggml_id, tensor.data)
     return weight

@@ -109,9 +109,8 @@ class Ops(Protocol):
 
     name: str
 
-    def make_weight(self, tensors: Sequence[RawTensor], *, precise: bool = False) -> Weight:
-        """One linear weight from tensors stacked along their rows (q, k, v or gate, up). A backend
-        that rounds activations to 8 bits keeps 16 where `precise` asks for it."""
+    def make_weight(self, tensors: Sequence[RawTensor]) -> Weight:
+        """One linear weight from tensors stacked along their rows (q, k, v or gate, up)."""
         ...
 
     def make_table(self, tensor: RawTensor) -> Weight:

@@ -34,8 +34,7 @@ def packed_bytes(kind: str, rows: int, cols: int) -> int:
     return 4 * rows * cols
 
 
-def make_weight(tensors: Sequence[RawTensor], *, precise: bool = False) -> F32:
-    del precise  # nothing is rounded here
+def make_weight(tensors: Sequence[RawTensor]) -> F32:
     return np.concatenate([dequantize(t.kind, t.data) for t in tensors])
 
 

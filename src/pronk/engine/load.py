@@ -3,7 +3,7 @@ sampling values that the model's makers recommend."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pronk.backends.protocol import KvDtype, Ops, RawTensor
 from pronk.checkpoints.checkpoint import Checkpoint
@@ -35,30 +35,18 @@ MERGED = {"wqkv": ("wq", "wk", "wv"), "wo": ("wo",), "w_gate_up": ("w_gate", "w_
           "w_down": ("w_down",)}  # fmt: skip
 """The linear weights of a layer, and the tensors that each is stacked from."""
 
-PRECISE = ("wqkv",)
-"""Weights whose inputs keep 16 bits, in any model, on a backend that rounds to 8; the output layer
-is another. Here rounding costs most for its share of the work: on SmolLM2 these two make 60 % of
-the KL divergence that 8 bits everywhere would cause (docs/results/parity.md)."""
-
-SMALL_MODEL = 1_000_000_000
-"""Models of fewer weights keep 16 bits everywhere: their answers hang on small differences between
-logits, and they are quick enough to afford it."""
-
 
 class _Loader:
     """Hands tensors to a backend one after another, and their file pages back to the system, so
     that no more than one weight is in memory twice."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, ops: Ops, activation_bits: int, progress: Progress
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, ops: Ops, progress: Progress) -> None:
         self._checkpoint, self._ops, self._progress = checkpoint, ops, progress
-        self._all_precise = activation_bits == 16
         self._done = 0
 
-    def weight(self, *names: str, precise: bool = False) -> Any:
+    def weight(self, *names: str) -> Any:
         tensors = [self._checkpoint.get(name) for name in names]
-        weight = self._ops.make_weight(tensors, precise=precise or self._all_precise)
+        weight = self._ops.make_weight(tensors)
         self._book(tensors)
         return weight
 
@@ -74,7 +62,7 @@ class _Loader:
 
     def layer(self, i: int) -> LayerWeights:
         linear = {
-            name: self.weight(*(f"layers.{i}.{part}" for part in parts), precise=name in PRECISE)
+            name: self.weight(*(f"layers.{i}.{part}" for part in parts))
             for name, parts in MERGED.items()
         }
         norms = {name: self.vector(f"layers.{i}.{name}") for name in ("attn_norm", "ffn_norm")}
@@ -92,23 +80,17 @@ def load_model(
     ops: Ops,
     *,
     n_positions: int,
-    activation_bits: Literal[8, 16] | None = None,
     progress: Progress = silent,
 ) -> LlamaWeights:
-    """All weights of a checkpoint as handles of a backend, and rotary angles of `n_positions`.
-
-    `activation_bits` 16: a backend that rounds activations keeps 16 bits of those of every weight;
-    8: of those of PRECISE and the output layer only; None decides by SMALL_MODEL. Progress is in
+    """All weights of a checkpoint as handles of a backend, and rotary angles of `n_positions`. Progress is in
     bytes of the checkpoint."""
     config = checkpoint.config
-    if activation_bits is None:
-        activation_bits = 16 if config.n_params < SMALL_MODEL else 8
-    loader = _Loader(checkpoint, ops, activation_bits, progress)
+    loader = _Loader(checkpoint, ops, progress)
     weights = LlamaWeights(
         embed=loader.table("embed"),
         layers=[loader.layer(i) for i in range(config.n_layers)],
         norm=loader.vector("norm"),
-        output=loader.weight("embed" if config.tied_embeddings else "output", precise=True),
+        output=loader.weight("embed" if config.tied_embeddings else "output"),
         cos_sin=ops.from_host(rope_table(config, n_positions)),
     )
     progress(checkpoint.nbytes, checkpoint.nbytes, "loading")
