@@ -1,16 +1,20 @@
 // The Python module `pronk.backends._cpu`: checks shapes and dtypes, releases the GIL, calls ops.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "memory.h"
 #include "ops.h"
 #include "pack.h"
+#include "profile.h"
+#include "stack.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -104,7 +108,8 @@ void py_linear(const PackedWeight& weight, const ConstFloats<2>& x, const Floats
     require(int64_t(x.shape(1)) == w.k, "linear: x has the wrong width");
     require(y.shape(0) == x.shape(0) && int64_t(y.shape(1)) == w.rows, "linear: y has the wrong shape");
     nb::gil_scoped_release release;
-    linear(w, x.shape(0), x.data(), y.data());
+    Timed timed(Op::Other);
+    linear(w, x.shape(0), [&](int64_t t, float*) { return x.data() + t * w.k; }, y.data(), false);
 }
 
 void py_rms_norm(const ConstFloats<2>& x, const ConstFloats<1>& w, float eps, const Floats<2>& y) {
@@ -194,6 +199,82 @@ void py_embed(int kind, const Bytes& table, const Ints<1>& ids, const Floats<2>&
     for (size_t t = 0; t < ids.shape(0); ++t) dequantize_row(Kind(kind), from + ids(t) * stride, k, out.data() + t * k);
 }
 
+// The blocks of a model. Python objects that own the memory are kept by reference.
+class PyStack {
+  public:
+    PyStack(int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t ffn_dim, float eps, const ConstFloats<1>& norm,
+            const ConstFloats<3>& cos_sin)
+        : norm_(norm), cos_sin_(cos_sin) {
+        require(kv_heads > 0 && heads % kv_heads == 0, "stack: heads do not divide");
+        require(2 * int64_t(cos_sin.shape(1)) == head_dim && cos_sin.shape(2) == 2, "stack: cos_sin has the wrong shape");
+        stack_ = {int64_t(norm.shape(0)), heads, kv_heads, head_dim, ffn_dim, eps, norm.data(), cos_sin.data(), {}};
+    }
+
+    void append(const ConstFloats<1>& attn_norm, nb::object wqkv, nb::object wo, const ConstFloats<1>& ffn_norm,
+                nb::object w_gate_up, nb::object w_down) {
+        const auto weight = [&](const nb::object& o, int64_t rows, int64_t k) {
+            const Weight& w = nb::cast<PackedWeight&>(o).weight();
+            require(w.rows == rows && w.k == k, "stack: a weight has the wrong shape");
+            owners_.push_back(o);
+            return &w;
+        };
+        const int64_t dim = stack_.dim, width = stack_.heads * stack_.head_dim, ffn = stack_.ffn_dim;
+        require(int64_t(attn_norm.shape(0)) == dim && int64_t(ffn_norm.shape(0)) == dim, "stack: a norm has the wrong size");
+        Layer layer{attn_norm.data(),
+                    weight(wqkv, width + 2 * stack_.kv_heads * stack_.head_dim, dim),
+                    weight(wo, dim, width),
+                    ffn_norm.data(),
+                    weight(w_gate_up, 2 * ffn, dim),
+                    weight(w_down, dim, ffn)};
+        require(is_gate_and_up(*layer.w_gate_up), "stack: gate and up must be one tensor each");
+        vectors_.push_back(attn_norm);
+        vectors_.push_back(ffn_norm);
+        stack_.layers.push_back(layer);
+    }
+
+    void run(const std::vector<const KvMemory*>& memories, const Ints<1>& positions, const Ints<1>& starts,
+             const Ints<1>& lengths, const Ints<2>& blocks, const ConstFloats<2>& x, const std::optional<Ints<1>>& wanted,
+             const Floats<2>& out) const {
+        const int64_t rows = x.shape(0), seqs = lengths.shape(0);
+        require(memories.size() == stack_.layers.size(), "stack: a cache for each layer is needed");
+        require(int64_t(x.shape(1)) == stack_.dim && int64_t(out.shape(1)) == stack_.dim, "stack: rows have the wrong width");
+        require(int64_t(positions.shape(0)) == rows && int64_t(starts.shape(0)) == seqs + 1 &&
+                    int64_t(blocks.shape(0)) == seqs && seqs > 0,
+                "stack: batch does not fit the rows");
+        require(out.shape(0) == (wanted ? wanted->shape(0) : x.shape(0)), "stack: out has the wrong number of rows");
+        for (size_t i = 0; wanted && i < wanted->shape(0); ++i)
+            require((*wanted)(i) >= (i ? (*wanted)(i - 1) + 1 : 0) && (*wanted)(i) < rows, "stack: wanted rows must rise");
+        for (size_t t = 0; t < positions.shape(0); ++t)
+            require(positions(t) >= 0 && positions(t) < int64_t(cos_sin_.shape(0)), "rope: position outside the table");
+        const BatchView batch{seqs, int64_t(blocks.shape(1)), positions.data(), starts.data(), lengths.data(), blocks.data()};
+        std::vector<const KvLayer*> kv;
+        for (const KvMemory* memory : memories) {
+            require(memory->kv().heads == stack_.kv_heads && memory->kv().head_dim == stack_.head_dim,
+                    "attention: heads do not match the cache's");
+            kv.push_back(&memory->kv());
+        }
+        if (!kv.empty()) check_batch(*kv[0], batch, rows);
+        for (const KvLayer* layer : kv) require(layer->n_blocks == kv[0]->n_blocks, "stack: caches differ in size");
+        nb::gil_scoped_release release;
+        run_stack(stack_, kv, batch, x.data(), rows, wanted ? wanted->data() : nullptr, int64_t(out.shape(0)), out.data());
+    }
+
+  private:
+    Stack stack_;
+    ConstFloats<1> norm_;
+    ConstFloats<3> cos_sin_;
+    std::vector<nb::object> owners_;
+    std::vector<ConstFloats<1>> vectors_;
+};
+
+// Seconds of each operation since the last call, on the calling thread.
+nb::dict py_take_profile() {
+    nb::dict seconds;
+    for (int op = 0; op < kOps; ++op) seconds[kOpNames[op]] = profile()[op];
+    profile().fill(0);
+    return seconds;
+}
+
 int64_t py_packed_bytes(int kind, int64_t rows, int64_t k) {
     return (rows + kPanel - 1) / kPanel * panel_bytes(kind_info(kind).pack, k);
 }
@@ -218,6 +299,15 @@ NB_MODULE(_cpu, m) {
     nb::class_<KvMemory>(m, "KvMemory")
         .def(nb::init<int64_t, int64_t, int64_t, const std::string&>(), "n_blocks"_a, "heads"_a, "head_dim"_a, "dtype"_a)
         .def_prop_ro("nbytes", &KvMemory::nbytes);
+
+    nb::class_<PyStack>(m, "Stack")
+        .def(nb::init<int64_t, int64_t, int64_t, int64_t, float, const ConstFloats<1>&, const ConstFloats<3>&>(), "heads"_a,
+             "kv_heads"_a, "head_dim"_a, "ffn_dim"_a, "eps"_a, "norm"_a.noconvert(), "cos_sin"_a.noconvert())
+        .def("append", &PyStack::append, "attn_norm"_a.noconvert(), "wqkv"_a, "wo"_a, "ffn_norm"_a.noconvert(),
+             "w_gate_up"_a, "w_down"_a)
+        .def("run", &PyStack::run, "kv"_a, "positions"_a.noconvert(), "starts"_a.noconvert(), "lengths"_a.noconvert(),
+             "blocks"_a.noconvert(), "x"_a.noconvert(), "wanted"_a.noconvert().none(), "out"_a.noconvert());
+    m.def("take_profile", &py_take_profile);
 
     m.def("linear", &py_linear, "weight"_a, "x"_a.noconvert(), "y"_a.noconvert());
     m.def("rms_norm", &py_rms_norm, "x"_a.noconvert(), "w"_a.noconvert(), "eps"_a, "y"_a.noconvert());

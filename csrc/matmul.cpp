@@ -473,7 +473,7 @@ namespace {
 // A block keeps a fine part, 16 bits in all, if its largest magnitude is more than kStandOut times
 // the row's root mean square. What 8 bits cost a row in accuracy comes from the few blocks with large
 // outliers, and rows of one model have them at the same inputs, so that tiles seldom meet one.
-constexpr float kStandOut = 4.0f;
+constexpr float kStandOut = 6.0f;
 
 float root_mean_square(const float* x, int64_t k) {
     vf squares{};

@@ -2,14 +2,24 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "kernels.h"
 
 namespace pronk {
 
-// y[t][o] = sum over k of x[t][k] * weight[o][k]
-void linear(const Weight& weight, int64_t rows, const float* x, float* y);
+// Row t of what a linear layer reads: memory that is there, or computed into `buffer` [k]. Called by
+// any thread, once for each row.
+using RowSource = std::function<const float*(int64_t t, float* buffer)>;
+
+// y[t][o] = sum over k of x[t][k] * weight[o][k], or added to y[t][o].
+void linear(const Weight& weight, int64_t rows, const RowSource& x, float* y, bool add);
+
+// y[t][f] = silu(gate[t][f]) * up[t][f], gate and up being the halves of what the weight gives.
+// The weight must be one tensor stacked on another of as many rows.
+void linear_swiglu(const Weight& gate_up, int64_t rows, const RowSource& x, float* y);
+bool is_gate_and_up(const Weight& weight);
 
 // y = x / rms(x) * w; with a residual, sum = x + residual is stored and normalized instead.
 void rms_norm(int64_t rows, int64_t dim, const float* x, const float* w, float eps, const float* residual,

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
@@ -618,12 +618,14 @@ def check_interrupted(interrupter: Interrupter, prefix_cache: bool) -> None:
     n_steps = 0
     while engine.has_work:
         interrupter.interrupts(engine.step)
-        check_accounts(engine)
+        if engine._in_order:  # else the recovery was interrupted, and the next turn repeats it
+            check_accounts(engine)
         n_steps += 1
         assert n_steps < 2000, "no progress"
         if n_steps == 20 and len(requests) > 2:
             interrupter.interrupts(lambda: engine.abort(requests[2][0]))
-            check_accounts(engine)
+    engine.abort(make_request([1]))  # a turn that nobody interrupts
+    check_accounts(engine)
     assert engine.scheduler.pool.n_referenced == 0
     failed = [request for request, _ in requests if request.finish_reason == "error"]
     assert len(failed) <= n_interruptions - len(interrupter.gaps)
@@ -656,6 +658,7 @@ def test_an_interruption_at_any_line_leaves_the_books_in_order(prefix_cache: boo
 
 
 @settings(max_examples=60, deadline=None)
+@example(gaps=[522, 400, 12], prefix_cache=False)
 @given(gaps=st.lists(st.integers(1, 600), min_size=2, max_size=8), prefix_cache=st.booleans())
 def test_several_interruptions_leave_the_books_in_order(
     gaps: list[int], prefix_cache: bool

@@ -1,6 +1,8 @@
 """The compiled module (csrc/bindings.cpp). Every array argument must be C-contiguous and of the
 dtype given, or TypeError; shapes that do not fit raise ValueError."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -21,6 +23,39 @@ class KvMemory:
     @property
     def nbytes(self) -> int: ...
 
+class Stack:
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        ffn_dim: int,
+        eps: float,
+        norm: F32,
+        cos_sin: F32,
+    ) -> None: ...
+    def append(
+        self,
+        attn_norm: F32,
+        wqkv: PackedWeight,
+        wo: PackedWeight,
+        ffn_norm: F32,
+        w_gate_up: PackedWeight,
+        w_down: PackedWeight,
+    ) -> None: ...
+    def run(
+        self,
+        kv: Sequence[KvMemory],
+        positions: I32,
+        starts: I32,
+        lengths: I32,
+        blocks: I32,
+        x: F32,
+        wanted: I32 | None,
+        out: F32,
+    ) -> None: ...
+
+def take_profile() -> dict[str, float]: ...
 def isa() -> str: ...
 def set_threads(n: int) -> None: ...
 def get_threads() -> int: ...

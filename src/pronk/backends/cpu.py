@@ -12,15 +12,15 @@ import numpy as np
 
 from pronk.backends import _cpu
 from pronk.backends.formats import KINDS
-from pronk.backends.protocol import BLOCK, F32, I32, U8, Batch, KvDtype, RawTensor
+from pronk.backends.protocol import BLOCK, F32, I32, U8, Batch, KvDtype, RawTensor, Stack
 from pronk.backends.reference import from_host, kv_bytes, sample, take_rows, to_host
 from pronk.core.config import ModelConfig
 
 __all__ = [
-    "attention", "default_threads", "embed", "from_host", "isa", "kv_bytes", "linear",
-    "make_kv", "make_table", "make_vector", "make_weight", "measure_bandwidth", "measure_int8",
-    "name", "packed_bytes", "rms_norm", "rope", "sample", "set_threads", "swiglu", "take_rows",
-    "to_host",
+    "attention", "default_threads", "embed", "from_host", "isa", "kv_bytes", "linear", "make_kv",
+    "make_stack", "make_table", "make_vector", "make_weight", "measure_bandwidth", "measure_int8",
+    "name", "packed_bytes", "rms_norm", "rope", "sample", "set_threads", "swiglu",
+    "take_profile", "take_rows", "to_host",
 ]  # fmt: skip
 
 name = "cpu"
@@ -30,6 +30,7 @@ default_threads = _cpu.hardware_threads
 set_threads = _cpu.set_threads
 measure_bandwidth = _cpu.measure_bandwidth
 measure_int8 = _cpu.measure_int8
+take_profile = _cpu.take_profile
 
 
 def packed_bytes(kind: str, rows: int, cols: int) -> int:
@@ -127,3 +128,26 @@ def swiglu(gate_up_T2F: F32) -> F32:
     y_TF = np.empty((gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2), np.float32)
     _cpu.swiglu(gate_up_T2F, y_TF)
     return y_TF
+
+
+def make_stack(config: ModelConfig, layers: Sequence[Any], norm_D: F32, cos_sin: F32) -> Stack:
+    """The layers of a model (`model.llama.LayerWeights`) and what follows them in native code."""
+    stack = _cpu.Stack(
+        config.n_heads, config.n_kv_heads, config.head_dim, config.ffn_dim, config.norm_eps,
+        norm_D, cos_sin,
+    )  # fmt: skip
+    for layer in layers:
+        stack.append(
+            layer.attn_norm, layer.wqkv, layer.wo, layer.ffn_norm, layer.w_gate_up, layer.w_down
+        )
+
+    def run(x_TD: F32, batch: Batch, kv: Sequence[_cpu.KvMemory], rows_R: I32 | None) -> F32:
+        n_rows = len(x_TD) if rows_R is None else len(rows_R)
+        out_RD = np.empty((n_rows, x_TD.shape[1]), np.float32)
+        stack.run(
+            kv, batch.positions_T, batch.starts_S, batch.lengths_S, batch.blocks_SB, x_TD, rows_R,
+            out_RD,
+        )  # fmt: skip
+        return out_RD
+
+    return run

@@ -165,3 +165,13 @@ class Ops(Protocol):
     def set_threads(self, n: int) -> None:
         """Threads of the steps that follow; results never depend on it."""
         ...
+
+
+class Stack(Protocol):
+    """All layers of a model and the norm behind them as one call: what
+    `model.llama.forward_hidden` computes from the embeddings, bit for bit. A backend that has it
+    makes one with `make_stack(config, layers, norm, cos_sin)`."""
+
+    def __call__(self, x_TD: Any, batch: Batch, kv: Sequence[KvLayer], rows_R: I32 | None) -> Any:
+        """Normalized hidden states `[R, D]` of the wanted rows, which must rise."""
+        ...

@@ -1,7 +1,9 @@
 """From an opened checkpoint to what the engine runs: weights of a backend, a tokenizer, and the
 sampling values that the model's makers recommend."""
 
+import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -80,10 +82,14 @@ def load_model(
     ops: Ops,
     *,
     n_positions: int,
+    fused: bool | None = None,
     progress: Progress = silent,
 ) -> LlamaWeights:
-    """All weights of a checkpoint as handles of a backend, and rotary angles of `n_positions`. Progress is in
-    bytes of the checkpoint."""
+    """All weights of a checkpoint as handles of a backend, and rotary angles of `n_positions`.
+
+    `fused`: whether the layers run as the one call that some backends have; None: where there is
+    one, unless the environment variable PRONK_FUSED is 0. Progress is in bytes of the
+    checkpoint."""
     config = checkpoint.config
     loader = _Loader(checkpoint, ops, progress)
     weights = LlamaWeights(
@@ -93,6 +99,12 @@ def load_model(
         output=loader.weight("embed" if config.tied_embeddings else "output"),
         cos_sin=ops.from_host(rope_table(config, n_positions)),
     )
+    make_stack = getattr(ops, "make_stack", None)
+    if fused is None:
+        fused = os.environ.get("PRONK_FUSED") != "0"
+    if make_stack is not None and fused:
+        stack = make_stack(config, weights.layers, weights.norm, weights.cos_sin)
+        weights = replace(weights, stack=stack)
     progress(checkpoint.nbytes, checkpoint.nbytes, "loading")
     return weights
 

@@ -8,7 +8,7 @@ packed rows belong. Source: Meta's model.py (llama-models) and The Llama 3 Herd 
 from dataclasses import dataclass
 from typing import Any
 
-from pronk.backends.protocol import I32, Batch, KvLayer, Ops, Weight
+from pronk.backends.protocol import I32, Batch, KvLayer, Ops, Stack, Weight
 from pronk.core.config import ModelConfig
 
 
@@ -33,6 +33,7 @@ class LlamaWeights:
     norm: Any  # [D]
     output: Weight  # [V, D]; made from the embedding where the two are tied
     cos_sin: Any  # [positions, K/2, 2]
+    stack: Stack | None = None  # the layers and the norm in one call, on a backend that has it
 
 
 def forward(
@@ -65,17 +66,20 @@ def forward_hidden(
     """The normalized hidden states `[R, D]` that the output layer reads."""
     eps = config.norm_eps
     residual_TD = ops.embed(ids_T, weights.embed)
+    if weights.stack is not None and kv is not None:
+        return weights.stack(residual_TD, batch, kv, rows_R)
     x_TD = ops.rms_norm(residual_TD, weights.layers[0].attn_norm, eps)
     for i, layer in enumerate(weights.layers):
-        attn_TD = attention(ops, config, layer, x_TD, weights.cos_sin, batch, kv[i] if kv else None)
+        o_TE = attention(ops, config, layer, x_TD, weights.cos_sin, batch, kv[i] if kv else None)
+        if rows_R is not None and i + 1 == len(weights.layers):  # only the wanted rows go on
+            o_TE, residual_TD = ops.take_rows(o_TE, rows_R), ops.take_rows(residual_TD, rows_R)
+        attn_TD = ops.linear(o_TE, layer.wo)
         x_TD, residual_TD = ops.rms_norm(attn_TD, layer.ffn_norm, eps, residual_TD)
         mlp_TD = ops.linear(ops.swiglu(ops.linear(x_TD, layer.w_gate_up)), layer.w_down)
         if i + 1 < len(weights.layers):
             x_TD, residual_TD = ops.rms_norm(
                 mlp_TD, weights.layers[i + 1].attn_norm, eps, residual_TD
             )
-    if rows_R is not None:  # only the wanted rows go on: the output layer is the widest of all
-        mlp_TD, residual_TD = ops.take_rows(mlp_TD, rows_R), ops.take_rows(residual_TD, rows_R)
     x_RD, _ = ops.rms_norm(mlp_TD, weights.norm, eps, residual_TD)
     return x_RD
 
@@ -89,7 +93,7 @@ def attention(
     batch: Batch,
     kv: KvLayer | None,
 ) -> Any:
-    """Grouped-query attention of one block, `[T, D]`."""
+    """Grouped-query attention of one block before its output projection, `[T, H K]`."""
     n_rows, H, G, K = len(x_TD), config.n_heads, config.n_kv_heads, config.head_dim
     qkv = ops.linear(x_TD, layer.wqkv)
     q_THK = qkv[:, : H * K].reshape(n_rows, H, K)
@@ -97,4 +101,4 @@ def attention(
     v_TGK = qkv[:, (H + G) * K :].reshape(n_rows, G, K)
     q_THK, k_TGK = ops.rope(q_THK, k_TGK, cos_sin, batch.positions_T)
     o_THK = ops.attention(q_THK, k_TGK, v_TGK, kv, batch)
-    return ops.linear(o_THK.reshape(n_rows, H * K), layer.wo)
+    return o_THK.reshape(n_rows, H * K)
