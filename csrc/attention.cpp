@@ -91,17 +91,36 @@ void write_out(const KvLayer& kv, const Tile& tile, int64_t query_heads, const P
         }
 }
 
+// Rows of one sequence that fall into one key/value block: two threads never write to one line.
+struct Span {
+    int64_t seq, row, rows;
+};
+
+std::vector<Span> list_spans(const BatchView& batch) {
+    std::vector<Span> spans;
+    for (int64_t s = 0; s < batch.n_seqs; ++s)
+        for (int64_t row = batch.starts[s]; row < batch.starts[s + 1];) {
+            const int64_t room = kKvBlock - batch.positions[row] % kKvBlock;
+            const int64_t rows = std::min<int64_t>(room, batch.starts[s + 1] - row);
+            spans.push_back({s, row, rows});
+            row += rows;
+        }
+    return spans;
+}
+
 void store_rows(const KvLayer& kv, const BatchView& batch, RowsView k, RowsView v) {
-    const auto one = [&](int64_t seq_head) {
-        const int64_t s = seq_head / kv.heads, g = seq_head % kv.heads;
-        for (int64_t t = batch.starts[s]; t < batch.starts[s + 1]; ++t) {
-            const int64_t position = batch.positions[t];
-            const int64_t block = batch.blocks[s * batch.table_width + position / kKvBlock];
-            kernels().store_key(kv, block, g, position % kKvBlock, k.data + t * k.stride + g * kv.head_dim);
-            kernels().store_value(kv, block, g, position % kKvBlock, v.data + t * v.stride + g * kv.head_dim);
+    const std::vector<Span> spans = list_spans(batch);
+    const auto one = [&](int64_t span_head) {
+        const Span& span = spans[span_head / kv.heads];
+        const int64_t g = span_head % kv.heads, position = batch.positions[span.row];
+        const int64_t block = batch.blocks[span.seq * batch.table_width + position / kKvBlock];
+        for (int64_t t = span.row; t < span.row + span.rows; ++t) {
+            const int64_t at = (position + t - span.row) % kKvBlock;
+            kernels().store_key(kv, block, g, at, k.data + t * k.stride + g * kv.head_dim);
+            kernels().store_value(kv, block, g, at, v.data + t * v.stride + g * kv.head_dim);
         }
     };
-    const int64_t tasks = batch.n_seqs * kv.heads;
+    const int64_t tasks = int64_t(spans.size()) * kv.heads;
     if (batch.starts[batch.n_seqs] < 16) {  // less work than waking a thread
         for (int64_t i = 0; i < tasks; ++i) one(i);
     } else {

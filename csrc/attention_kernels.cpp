@@ -9,14 +9,16 @@
 namespace pronk::PRONK_ISA {
 namespace {
 
+// Register tiles: query vectors by vectors of positions, query vectors by vectors of a head.
 #if defined(__AVX512VNNI__)
-constexpr int kScoreRows = 6, kValueRows = 4, kValueVectors = 4;
+constexpr int kScoreRows = 12, kScoreVectors = 2, kValueRows = 6, kValueVectors = 4;
 #elif defined(__AVX2__)
-constexpr int kScoreRows = 2, kValueRows = 2, kValueVectors = 4;
+constexpr int kScoreRows = 6, kScoreVectors = 2, kValueRows = 3, kValueVectors = 4;
 #else
-constexpr int kScoreRows = 1, kValueRows = 1, kValueVectors = 4;
+constexpr int kScoreRows = 2, kScoreVectors = 4, kValueRows = 2, kValueVectors = 4;
 #endif
-constexpr int kVectorsPerBlock = kKvBlock / W;
+constexpr int kRun = 4 * kKvBlock;  // positions whose scores are turned into weights together
+static_assert(kKvPartition % 4 == 0);
 constexpr float kNegInf = -__builtin_inff();
 
 template <KvType T>
@@ -61,47 +63,65 @@ PRONK_INLINE const stored_t<T>* values_of(const KvLayer& kv, int64_t block, int6
     return reinterpret_cast<const stored_t<T>*>(kv.v) + (block * kv.heads + g) * kv.padded_dim * kKvBlock;
 }
 
-// scores [MQ][32] = q [MQ][D] times keys [D][32]
-template <KvType T, int MQ>
-PRONK_INLINE void score_rows(const float* q, const stored_t<T>* keys, int64_t dim, float* scores) {
-    vf sum[MQ][kVectorsPerBlock] = {};
+// scores [MQ][kRun] = q [MQ][D] times NV vectors of keys [D][32]
+template <KvType T, int MQ, int NV>
+PRONK_INLINE void score_tile(const float* q, const stored_t<T>* keys, int64_t dim, float* scores) {
+    vf sum[MQ][NV] = {};
     for (int64_t d = 0; d < dim; ++d) {
-        vf key[kVectorsPerBlock];
+        vf key[NV];
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectorsPerBlock; ++v) key[v] = Stored<T>::read(keys + d * kKvBlock + v * W);
-#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) key[v] = Stored<T>::read(keys + d * kKvBlock + v * W);
+#pragma GCC unroll 16
         for (int m = 0; m < MQ; ++m)
 #pragma GCC unroll 8
-            for (int v = 0; v < kVectorsPerBlock; ++v) sum[m][v] = fma(key[v], splat(q[m * dim + d]), sum[m][v]);
+            for (int v = 0; v < NV; ++v) sum[m][v] = fma(key[v], splat(q[m * dim + d]), sum[m][v]);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int m = 0; m < MQ; ++m)
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectorsPerBlock; ++v) store(scores + m * kKvBlock + v * W, sum[m][v]);
+        for (int v = 0; v < NV; ++v) store(scores + m * kRun + v * W, sum[m][v]);
 }
 
-// Turns one vector's scores into weights: those past `visible` positions become 0. Returns the
-// factor by which sums so far shrink, and updates largest and sum.
-PRONK_INLINE float soften(float* scores, const float* scale, int64_t visible, float& largest, float& sum) {
-    vf s[kVectorsPerBlock], top = splat(kNegInf);
+// Calls tile(integral constant of the number of rows, first row) for rows from..n-1, MAX at a time.
+template <int N>
+struct Count {
+    static constexpr int value = N;
+};
+template <int LEFT, class Tile>
+PRONK_INLINE void last_tile(int64_t rows, int64_t at, const Tile& tile) {
+    if (rows == LEFT) return tile(Count<LEFT>{}, at);
+    if constexpr (LEFT > 1) last_tile<LEFT - 1>(rows, at, tile);
+}
+template <int MAX, class Tile>
+PRONK_INLINE void for_tiles(int64_t from, int64_t n, const Tile& tile) {
+    for (; from + MAX <= n; from += MAX) tile(Count<MAX>{}, from);
+    if constexpr (MAX > 1) {
+        if (from < n) last_tile<MAX - 1>(n - from, from, tile);
+    }
+}
+
+// Turns `width` scores of one vector into weights: those past `visible` positions become 0. Returns
+// the factor by which sums so far shrink, and updates largest and sum.
+PRONK_INLINE float soften(float* scores, int64_t width, int64_t visible, float& largest, float& sum) {
+    vf top = splat(kNegInf);
     vi lane;
     for (int i = 0; i < W; ++i) lane[i] = i;
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectorsPerBlock; ++v) {
-        s[v] = load_f32(scores + v * W);
-        if (scale) s[v] *= load_f32(scale + v * W);
-        s[v] = lane + v * W < int32_t(visible) ? s[v] : splat(kNegInf);
-        top = max(top, s[v]);
+    for (int64_t i = 0; i < width; i += W) {
+        vf s = load_f32(scores + i);
+        if (visible < i + W) {
+            s = lane + int32_t(i) < int32_t(visible) ? s : splat(kNegInf);
+            store(scores + i, s);
+        }
+        top = max(top, s);
     }
     const float peak = max_lanes(top);
     const float next = peak > largest ? peak : largest;
     const vf shift = splat(next);
     vf total{};
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectorsPerBlock; ++v) {
-        s[v] = exp(s[v] - shift);
-        total += s[v];
-        store(scores + v * W, s[v]);
+    for (int64_t i = 0; i < width; i += W) {
+        const vf weight = exp(load_f32(scores + i) - shift);
+        total += weight;
+        store(scores + i, weight);
     }
     const float shrink = exp(splat(largest - next))[0];
     sum = sum * shrink + sum_lanes(total);
@@ -109,70 +129,94 @@ PRONK_INLINE float soften(float* scores, const float* scale, int64_t visible, fl
     return shrink;
 }
 
-// values_sum [MQ][Dp] = values_sum * shrink + weights [MQ][32] times values [n][Dp], NV vectors wide
+// values_sum [MQ][Dp] = values_sum * shrink + weights [MQ][kRun] times the values [n] of up to four
+// blocks, NV vectors wide
 template <KvType T, int MQ, int NV>
-PRONK_INLINE void weigh_values(const float* weights, const float* shrink, const stored_t<T>* values, int64_t n,
-                               int64_t padded_dim, float* out) {
+PRONK_INLINE void weigh_tile(const float* weights, const float* shrink, const stored_t<T>* const* blocks, int64_t n,
+                             int64_t padded_dim, int64_t d, float* out) {
     vf sum[MQ][NV];
 #pragma GCC unroll 8
     for (int m = 0; m < MQ; ++m)
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) sum[m][v] = load_f32(out + m * padded_dim + v * W) * shrink[m];
-    for (int64_t i = 0; i < n; ++i) {
-        vf value[NV];
+        for (int v = 0; v < NV; ++v) sum[m][v] = load_f32(out + m * padded_dim + d + v * W) * shrink[m];
+    for (int64_t start = 0; start < n; start += kKvBlock) {
+        const stored_t<T>* values = blocks[start / kKvBlock] + d;
+        const int64_t count = n - start < kKvBlock ? n - start : kKvBlock;
+        for (int64_t i = 0; i < count; ++i) {
+            vf value[NV];
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) value[v] = Stored<T>::read(values + i * padded_dim + v * W);
+            for (int v = 0; v < NV; ++v) value[v] = Stored<T>::read(values + i * padded_dim + v * W);
 #pragma GCC unroll 8
-        for (int m = 0; m < MQ; ++m)
+            for (int m = 0; m < MQ; ++m)
 #pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) sum[m][v] = fma(value[v], splat(weights[m * kKvBlock + i]), sum[m][v]);
+                for (int v = 0; v < NV; ++v)
+                    sum[m][v] = fma(value[v], splat(weights[m * kRun + start + i]), sum[m][v]);
+        }
     }
 #pragma GCC unroll 8
     for (int m = 0; m < MQ; ++m)
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) store(out + m * padded_dim + v * W, sum[m][v]);
+        for (int v = 0; v < NV; ++v) store(out + m * padded_dim + d + v * W, sum[m][v]);
 }
 
 template <KvType T, int MQ>
-PRONK_INLINE void weigh_rows(const float* weights, const float* shrink, const stored_t<T>* values, int64_t n,
+PRONK_INLINE void weigh_rows(const float* weights, const float* shrink, const stored_t<T>* const* blocks, int64_t n,
                              int64_t padded_dim, float* out) {
     int64_t d = 0;
     for (; d + kValueVectors * W <= padded_dim; d += kValueVectors * W)
-        weigh_values<T, MQ, kValueVectors>(weights, shrink, values + d, n, padded_dim, out + d);
-    for (; d < padded_dim; d += W) weigh_values<T, MQ, 1>(weights, shrink, values + d, n, padded_dim, out + d);
+        weigh_tile<T, MQ, kValueVectors>(weights, shrink, blocks, n, padded_dim, d, out);
+    for (; d < padded_dim; d += W) weigh_tile<T, MQ, 1>(weights, shrink, blocks, n, padded_dim, d, out);
 }
 
-// Adds one block of keys and values to the partial sums of vectors `from`..n-1.
+// Scores of the vectors from..n-1 with the keys of one block, into column `at` of scores [n][kRun].
 template <KvType T>
-void attend_block(const KvLayer& kv, const QueryTile& tile, int64_t block_index, int64_t from, const Partial& out) {
-    const int64_t n = tile.rows * tile.group, dim = kv.head_dim, padded = kv.padded_dim;
-    const int64_t block = tile.blocks[block_index], start = block_index * kKvBlock;
-    float scores[kTileVectors * kKvBlock], shrink[kTileVectors];
+void score_block(const KvLayer& kv, const QueryTile& tile, int64_t block, int64_t from, int64_t at, float* scores) {
+    const int64_t n = tile.rows * tile.group, dim = kv.head_dim;
     const auto* keys = keys_of<T>(kv, block, tile.head);
-    int64_t i = from;
-    for (; i + kScoreRows <= n; i += kScoreRows)
-        score_rows<T, kScoreRows>(tile.q + i * dim, keys, dim, scores + i * kKvBlock);
-    for (; i < n; ++i) score_rows<T, 1>(tile.q + i * dim, keys, dim, scores + i * kKvBlock);
+    for_tiles<kScoreRows>(from, n, [&](auto rows, int64_t i) {
+        for (int v = 0; v < kKvBlock / W; v += kScoreVectors)
+            score_tile<T, decltype(rows)::value, kScoreVectors>(tile.q + i * dim, keys + v * W, dim,
+                                                               scores + i * kRun + at + v * W);
+    });
+}
 
-    const int64_t at = (block * kv.heads + tile.head) * kKvBlock;
-    const float* k_scale = T == KvType::I8 ? kv.k_scale + at : nullptr;
-    for (i = from; i < n; ++i) {
-        const int64_t visible = tile.first_position + i / tile.group + 1 - start;
-        shrink[i] = soften(scores + i * kKvBlock, k_scale, visible, out.largest[i], out.sum[i]);
-        if constexpr (T == KvType::I8)
-            for (int v = 0; v < kVectorsPerBlock; ++v) {
-                float* p = scores + i * kKvBlock + v * W;
-                store(p, load_f32(p) * load_f32(kv.v_scale + at + v * W));
-            }
+// Multiplies columns at.. of the rows from..n-1 of scores [n][kRun] by the scales of a block.
+void scale_block(const float* scale, int64_t from, int64_t n, int64_t at, float* scores) {
+    for (int64_t i = from; i < n; ++i)
+        for (int64_t v = 0; v < kKvBlock; v += W) {
+            float* p = scores + i * kRun + at + v;
+            store(p, load_f32(p) * load_f32(scale + v));
+        }
+}
+
+// Adds a run of key/value blocks first..last-1 (four at most) to the sums of vectors from..n-1.
+template <KvType T>
+void attend_run(const KvLayer& kv, const QueryTile& tile, int64_t first, int64_t last, int64_t from, const Partial& out) {
+    const int64_t n = tile.rows * tile.group, padded = kv.padded_dim, start = first * kKvBlock;
+    alignas(64) float scores[kTileVectors * kRun];
+    float shrink[kTileVectors];
+    const stored_t<T>* values[kRun / kKvBlock];
+    const auto scales_at = [&](int64_t b) { return (tile.blocks[b] * kv.heads + tile.head) * kKvBlock; };
+    for (int64_t b = first; b < last; ++b) {
+        const int64_t at = (b - first) * kKvBlock;
+        score_block<T>(kv, tile, tile.blocks[b], from, at, scores);
+        if constexpr (T == KvType::I8) scale_block(kv.k_scale + scales_at(b), from, n, at, scores);
+        values[b - first] = values_of<T>(kv, tile.blocks[b], tile.head);
     }
+    for (int64_t i = from; i < n; ++i) {
+        const int64_t visible = tile.first_position + i / tile.group + 1 - start;
+        shrink[i] = soften(scores + i * kRun, (last - first) * kKvBlock, visible, out.largest[i], out.sum[i]);
+    }
+    if constexpr (T == KvType::I8)
+        for (int64_t b = first; b < last; ++b)
+            scale_block(kv.v_scale + scales_at(b), from, n, (b - first) * kKvBlock, scores);
     // positions past the context hold whatever an earlier owner left; their weight is 0, but
     // 0 * infinity is not, so they are not read
-    const int64_t used = tile.length - start < kKvBlock ? tile.length - start : kKvBlock;
-    const auto* values = values_of<T>(kv, block, tile.head);
-    for (i = from; i + kValueRows <= n; i += kValueRows)
-        weigh_rows<T, kValueRows>(scores + i * kKvBlock, shrink + i, values, used, padded, out.values + i * padded);
-    for (; i < n; ++i)
-        weigh_rows<T, 1>(scores + i * kKvBlock, shrink + i, values, used, padded, out.values + i * padded);
+    const int64_t used = tile.length - start < kRun ? tile.length - start : kRun;
+    const int64_t count = used < (last - first) * kKvBlock ? used : (last - first) * kKvBlock;
+    for_tiles<kValueRows>(from, n, [&](auto rows, int64_t i) {
+        weigh_rows<T, decltype(rows)::value>(scores + i * kRun, shrink + i, values, count, padded, out.values + i * padded);
+    });
 }
 
 template <KvType T>
@@ -183,11 +227,12 @@ void attend_partition(const KvLayer& kv, const QueryTile& tile, int64_t first, i
         out.sum[i] = 0;
     }
     for (int64_t i = 0; i < n * kv.padded_dim; ++i) out.values[i] = 0;
-    for (int64_t b = first; b < last; ++b) {
-        // rows before the block's first position see nothing of it
+    constexpr int64_t kBlocks = kRun / kKvBlock;
+    for (int64_t b = first; b < last; b += kBlocks) {
+        // rows before the run's first position see nothing of it
         const int64_t hidden = b * kKvBlock - tile.first_position;
         const int64_t from = hidden > 0 ? hidden * tile.group : 0;
-        if (from < n) attend_block<T>(kv, tile, b, from, out);
+        if (from < n) attend_run<T>(kv, tile, b, b + kBlocks < last ? b + kBlocks : last, from, out);
     }
 }
 

@@ -70,7 +70,7 @@ struct Partial {
     float* values;   // [vectors][padded_dim]
 };
 
-constexpr int kTileVectors = 32;  // most query vectors of a tile
+constexpr int kTileVectors = 36;  // most query vectors of a tile
 constexpr int kMaxHeadDim = 512;
 
 // What exists once for each instruction set. These functions allocate nothing, start no thread and

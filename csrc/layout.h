@@ -16,7 +16,7 @@ constexpr int kBlock = 32;       // inputs that share a scale (some formats: hal
 constexpr int kSuper = 256;      // inputs of a K-quant super-block
 constexpr int kGroups = 8;       // groups of 4 inputs in a block: what one 4-way dot product eats
 constexpr int kKvBlock = 32;     // positions of a key/value block; backends/protocol.py: BLOCK
-constexpr int kKvPartition = 16; // key/value blocks that are summed before partial sums are merged
+constexpr int kKvPartition = 8;  // key/value blocks that are summed before partial sums are merged
 
 // Tensor kinds as files store them; the numbers are GGML's.
 enum class Kind : int {

@@ -146,19 +146,6 @@ PRONK_INLINE vi dot4_of(vi acc, vb codes, int32_t a) {
 PRONK_INLINE vb shift_right(vb v, int n) { return reinterpret_cast<vb>(reinterpret_cast<vs>(v) >> n); }
 PRONK_INLINE vb shift_left(vb v, int n) { return reinterpret_cast<vb>(reinterpret_cast<vs>(v) << n); }
 
-// Largest magnitude of the n floats at x (n a multiple of W); NaN if one of them is NaN.
-PRONK_INLINE float peak_of(const float* x, int64_t n) {
-    vi largest{};
-    for (int64_t i = 0; i < n; i += W) {
-        const vi bits = load<vi>(x + i) & 0x7fffffff;  // ordered as the magnitudes are, NaN last
-        largest = bits > largest ? bits : largest;
-    }
-    int32_t lanes[W], top = 0;
-    store(lanes, largest);
-    for (int i = 0; i < W; ++i) top = lanes[i] > top ? lanes[i] : top;
-    return bits_to_float(uint32_t(top));
-}
-
 // How floats up to `peak` become integers of `levels` steps each side of zero.
 struct Rounding {
     float inverse, scale;
@@ -205,25 +192,73 @@ PRONK_INLINE vf exp(vf x) {
 
 // Sum of the lanes, halves first: one fixed order for each width.
 PRONK_INLINE float sum_lanes(vf v) {
-    float lanes[W];
-    store(lanes, v);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
+#if defined(__AVX512VNNI__)
+    const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+#elif defined(__AVX2__)
+    const __m256 a = v;
+#endif
+#if defined(__AVX2__)
+    const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+#else
+    return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
 }
 
+// The lanes of an integer vector folded by op(a, b), where the order does not matter.
+#if defined(__AVX2__)
+template <class Op>
+PRONK_INLINE int32_t fold_lanes(vi v, const Op& op) {
+#if defined(__AVX512VNNI__)
+    const __m512i x = reinterpret_cast<__m512i>(v);
+    const __m256i a = op(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+#else
+    const __m256i a = reinterpret_cast<__m256i>(v);
+#endif
+    const __m256i b = op(a, _mm256_permute2x128_si256(a, a, 1));
+    const __m256i c = op(b, _mm256_shuffle_epi32(b, 0x4e));
+    return _mm256_extract_epi32(op(c, _mm256_shuffle_epi32(c, 0xb1)), 0);
+}
 PRONK_INLINE int32_t sum_lanes(vi v) {
-    int32_t total = 0;
-    for (int i = 0; i < W; ++i) total += v[i];
-    return total;
+    return fold_lanes(v, [](__m256i a, __m256i b) { return _mm256_add_epi32(a, b); });
+}
+PRONK_INLINE int32_t max_lanes(vi v) {
+    return fold_lanes(v, [](__m256i a, __m256i b) { return _mm256_max_epi32(a, b); });
+}
+#else
+PRONK_INLINE int32_t sum_lanes(vi v) { return v[0] + v[1] + v[2] + v[3]; }
+PRONK_INLINE int32_t max_lanes(vi v) {
+    const int32_t a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+    return a > b ? a : b;
+}
+#endif
+
+// Largest magnitude of the n floats at x (n a multiple of W); NaN if one of them is NaN.
+PRONK_INLINE float peak_of(const float* x, int64_t n) {
+    vi largest{};
+    for (int64_t i = 0; i < n; i += W) {
+        const vi bits = load<vi>(x + i) & 0x7fffffff;  // ordered as the magnitudes are, NaN last
+        largest = bits > largest ? bits : largest;
+    }
+    return bits_to_float(uint32_t(max_lanes(largest)));
 }
 
+// Largest lane; which one counts if some are not numbers is left open.
 PRONK_INLINE float max_lanes(vf v) {
-    float lanes[W];
-    store(lanes, v);
-    float best = lanes[0];
-    for (int i = 1; i < W; ++i) best = lanes[i] > best ? lanes[i] : best;
-    return best;
+#if defined(__AVX512VNNI__)
+    const __m256 a = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+#elif defined(__AVX2__)
+    const __m256 a = v;
+#endif
+#if defined(__AVX2__)
+    const __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 c = _mm_max_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
+#else
+    const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
+    return a > b ? a : b;
+#endif
 }
 
 }  // namespace
