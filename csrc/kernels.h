@@ -72,6 +72,7 @@ struct Partial {
 
 constexpr int kTileVectors = 36;  // most query vectors of a tile
 constexpr int kMaxHeadDim = 512;
+constexpr int kReadWays = 4;  // of read_burst
 
 // What exists once for each instruction set. These functions allocate nothing, start no thread and
 // use no library template: one compiled for a newer ISA could replace its twin at link time.
@@ -95,9 +96,9 @@ struct Kernels {
     void (*store_key)(const KvLayer&, int64_t block, int64_t g, int64_t at, const float* x);
     void (*store_value)(const KvLayer&, int64_t block, int64_t g, int64_t at, const float* x);
     // For measuring the machine: int8 dot products in registers (returns multiply-accumulates), and
-    // a sum over memory read in eight streams.
+    // a sum over memory read in one of a few ways (returns bytes).
     int64_t (*int8_burst)(int64_t repeats);
-    int64_t (*read_burst)(const uint8_t* data, size_t bytes);
+    int64_t (*read_burst)(const uint8_t* data, size_t bytes, int way);
 };
 
 // The table of the best instruction set here, or of the one that PRONK_ISA names; throws

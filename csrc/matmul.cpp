@@ -116,10 +116,38 @@ PRONK_INLINE int32_t dword(const int8_t* p) {
     return a;
 }
 
+// Groups of small codes whose products fit into 16 bits together: 2 * 15 * 128 * 8 and so on.
+template <Pack P>
+constexpr int kGroupsIn16Bits = P == Pack::Q6K ? 2 : P == Pack::Q5K ? 4 : 8;
+
 // Adds codes times bytes of the activations (32 of each row) to a tile's integer sums.
 template <Pack P, int MR, int NV, class Code>
 PRONK_INLINE void dot_block(const int8_t* x, Code&& code, vi (&isum)[MR][NV][pack_info(P).scales]) {
     constexpr int kHalf = kGroups / pack_info(P).scales;
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+    if constexpr (kSmallCodes<P>) {
+        constexpr int kTogether = kGroupsIn16Bits<P>;
+#pragma GCC unroll 8
+        for (int g0 = 0; g0 < kGroups; g0 += kTogether) {
+            vs pairs[MR][NV] = {};
+#pragma GCC unroll 8
+            for (int g = g0; g < g0 + kTogether; ++g) {
+                vb c[NV];
+#pragma GCC unroll 8
+                for (int v = 0; v < NV; ++v) c[v] = code(v, g);
+#pragma GCC unroll 8
+                for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+                    for (int v = 0; v < NV; ++v) pairs[m][v] += multiply_pairs(c[v], dword(x + m * kSpanInputs + 4 * g));
+            }
+#pragma GCC unroll 8
+            for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+                for (int v = 0; v < NV; ++v) isum[m][v][g0 / kHalf] += add_pairs(pairs[m][v]);
+        }
+        return;
+    }
+#endif
 #pragma GCC unroll 8
     for (int g = 0; g < kGroups; ++g) {
         vb c[NV];
@@ -129,8 +157,7 @@ PRONK_INLINE void dot_block(const int8_t* x, Code&& code, vi (&isum)[MR][NV][pac
         for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v)
-                isum[m][v][g / kHalf] =
-                    dot4_of<kSmallCodes<P>>(isum[m][v][g / kHalf], c[v], dword(x + m * kSpanInputs + 4 * g));
+                isum[m][v][g / kHalf] = dot4(isum[m][v][g / kHalf], c[v], dword(x + m * kSpanInputs + 4 * g));
     }
 }
 
@@ -183,7 +210,7 @@ PRONK_INLINE void tile_block(const TileRows& rows, int i, Code&& code, Scale&& s
     const auto add = [&](bool fine) {
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) {
-            const BlockScales<P> s = scales(v);
+            const BlockScales<P>& s = scales(v);
 #pragma GCC unroll 8
             for (int m = 0; m < MR; ++m) total[m][v] = add_block<P>(total[m][v], isum[m][v], s, row[m * kSpan], fine);
         }
@@ -314,7 +341,7 @@ void tile(const TileRows& rows, const Span<P>& span, int v0, int n, bool first, 
                 else
                     return codes<P>(span.body[(v0 + v) / kPerPanel][i], (v0 + v) % kPerPanel, g);
             },
-            [&](int v) { return span.scales[v0 + v][i]; }, total);
+            [&](int v) -> const BlockScales<P>& { return span.scales[v0 + v][i]; }, total);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m)

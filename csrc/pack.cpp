@@ -1,9 +1,11 @@
 #include "pack.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "half.h"
 #include "threads.h"
@@ -184,115 +186,235 @@ void unpack(Kind kind, const uint8_t* b, Unpacked& u) {
 }
 
 // ---- packing ------------------------------------------------------------------------------------
+//
+// The 16 rows of a panel are packed side by side, block after block, so that every cache line of the
+// panel is written once and in order.
 
-// Codes c[32] of row r (zero point added) into a block's body.
-void put_codes(Pack pack, const uint8_t* c, int r, uint8_t* body) {
-    const int bytes = pack_info(pack).code_bytes;
-    if (bytes == 512) {
-        for (int g = 0; g < kGroups; ++g) std::memcpy(body + g * 64 + r * 4, c + 4 * g, 4);
-        return;
+// Rows of a tensor that make a panel, `stride` bytes apart.
+struct Rows {
+    const uint8_t* first;
+    int64_t stride;
+    int real;  // the others are zeros
+
+    const uint8_t* at(int r, int64_t offset = 0) const { return first + r * stride + offset; }
+};
+
+// A word of each row: a line of a panel, or what it is made from.
+struct alignas(64) Line {
+    uint32_t r[kPanel];
+};
+
+using Quad = uint32_t __attribute__((vector_size(16)));
+
+// 4 words of each row, from byte `offset` on.
+inline void gather_four(const Rows& rows, int64_t offset, Line* to) {
+    for (int r = 0; r < kPanel; r += 4) {
+        const Quad a = read<Quad>(rows.at(r, offset)), b = read<Quad>(rows.at(r + 1, offset));
+        const Quad c = read<Quad>(rows.at(r + 2, offset)), d = read<Quad>(rows.at(r + 3, offset));
+        for (int w = 0; w < 4; ++w) {
+            const Quad line = {a[w], b[w], c[w], d[w]};
+            std::memcpy(to[w].r + r, &line, sizeof line);
+        }
     }
-    for (int j = 0; j < 4; ++j)
-        for (int i = 0; i < 4; ++i)
-            body[j * 64 + r * 4 + i] = uint8_t((c[4 * j + i] & 15) | c[4 * (j + 4) + i] << 4);
-    if (pack == Pack::Q5K)
-        for (int i = 0; i < 4; ++i) {
-            uint8_t bits = 0;
-            for (int g = 0; g < kGroups; ++g) bits |= (c[4 * g + i] >> 4 & 1) << g;
-            body[256 + r * 4 + i] = bits;
-        }
-    if (pack == Pack::Q6K)
-        for (int line = 0; line < 2; ++line)
-            for (int i = 0; i < 4; ++i) {
-                uint8_t bits = 0;
-                for (int g = line; g < kGroups; g += 2) bits |= (c[4 * g + i] >> 4 & 3) << 2 * (g / 2);
-                body[256 + line * 64 + r * 4 + i] = bits;
-            }
 }
 
-uint8_t* super_of(Pack pack, uint8_t* panel, int64_t b) {
-    return panel + block_offset(pack, b / 8 * 8) - pack_info(pack).super_bytes;
+template <int N>
+inline void gather(const Rows& rows, int64_t offset, Line* to) {
+    static_assert(N % 4 == 0);
+    for (int w = 0; w < N; w += 4) gather_four(rows, offset + 4 * w, to + w);
 }
 
-// Row r of a panel from blocks of 32 inputs whose scale is a half: Q4_0, Q4_1, Q8_0.
-void pack_legacy_row(Kind kind, Pack pack, const uint8_t* row, int64_t k, int r, uint8_t* panel) {
-    const KindInfo info = kind_info(int(kind));
-    for (int64_t b = 0; b < k / kBlock; ++b, row += info.bytes) {
-        uint8_t* head = panel + block_offset(pack, b);
-        uint8_t* body = head + pack_info(pack).head_bytes;
-        write(head + 2 * r, read<uint16_t>(row));
-        if (kind == Kind::Q8_0) {
-            for (int g = 0; g < kGroups; ++g)
-                write(body + g * 64 + r * 4, read<uint32_t>(row + 2 + 4 * g) ^ 0x80808080u);
-            continue;
-        }
-        if (kind == Kind::Q4_1) write(head + 32 + 2 * r, read<uint16_t>(row + 2));
+inline uint8_t* put(uint8_t* to, const Line& line) {
+    std::memcpy(to, line.r, sizeof line.r);
+    return to + sizeof line.r;
+}
+
+// The 16-bit number at byte `offset` of each row.
+inline uint8_t* put_halves(uint8_t* to, const Rows& rows, int64_t offset) {
+    uint16_t halves[kPanel];
+    for (int r = 0; r < kPanel; ++r) halves[r] = read<uint16_t>(rows.at(r, offset));
+    std::memcpy(to, halves, sizeof halves);
+    return to + sizeof halves;
+}
+
+inline uint8_t* put_halves(uint8_t* to, const Line& words, int shift) {
+    uint16_t halves[kPanel];
+    for (int r = 0; r < kPanel; ++r) halves[r] = uint16_t(words.r[r] >> shift);
+    std::memcpy(to, halves, sizeof halves);
+    return to + sizeof halves;
+}
+
+// Byte i of 4 words of bytes, from each row.
+inline uint8_t* put_bytes(uint8_t* to, const Line* words, int i) {
+    uint8_t bytes[kPanel];
+    for (int r = 0; r < kPanel; ++r) bytes[r] = uint8_t(words[i / 4].r[r] >> 8 * (i % 4));
+    std::memcpy(to, bytes, sizeof bytes);
+    return to + sizeof bytes;
+}
+
+void pack_q4_0(const Rows& rows, int64_t k, uint8_t* to) {
+    for (int64_t b = 0; b < k / kBlock; ++b) {
+        Line codes[4];
+        gather<4>(rows, 18 * b + 2, codes);
+        to = put_halves(to, rows, 18 * b);
         // the file's nibble order within a row is that of the panel's lines
-        const uint8_t* qs = row + (kind == Kind::Q4_1 ? 4 : 2);
-        for (int j = 0; j < 4; ++j) write(body + j * 64 + r * 4, read<uint32_t>(qs + 4 * j));
+        for (const Line& line : codes) to = put(to, line);
     }
 }
 
-// Row r of a panel from K-quant super-blocks that keep their own scales: Q4_K, Q5_K, Q6_K.
-void pack_k_row(Kind kind, Pack pack, const uint8_t* row, int64_t k, int r, uint8_t* panel) {
-    const KindInfo info = kind_info(int(kind));
-    for (int64_t s = 0; s < k / kSuper; ++s, row += info.bytes) {
-        Unpacked u;
-        unpack(kind, row, u);
-        uint8_t* super = super_of(pack, panel, 8 * s);
-        uint8_t sc[16], m[8];
-        if (kind == Kind::Q6_K) {
-            write(super + 2 * r, read<uint16_t>(row + 208));
-            std::memcpy(sc, row + 192, 16);
-        } else {
-            write(super + 2 * r, read<uint16_t>(row));
-            write(super + 32 + 2 * r, read<uint16_t>(row + 2));
-            unpack_k_scales(row + 4, sc, m);
+void pack_q4_1(const Rows& rows, int64_t k, uint8_t* to) {
+    for (int64_t b = 0; b < k / kBlock; ++b) {
+        Line codes[4];
+        gather<4>(rows, 20 * b + 4, codes);
+        to = put_halves(to, rows, 20 * b);
+        to = put_halves(to, rows, 20 * b + 2);
+        for (const Line& line : codes) to = put(to, line);
+    }
+}
+
+void pack_q8_0(const Rows& rows, int64_t k, uint8_t* to) {
+    uint32_t zero[kPanel];  // the zero point of rows that there are
+    for (int r = 0; r < kPanel; ++r) zero[r] = r < rows.real ? 0x80808080u : 0;
+    for (int64_t b = 0; b < k / kBlock; ++b) {
+        Line codes[kGroups];
+        gather<kGroups>(rows, 34 * b + 2, codes);
+        to = put_halves(to, rows, 34 * b);
+        for (Line& line : codes) {
+            for (int r = 0; r < kPanel; ++r) line.r[r] ^= zero[r];
+            to = put(to, line);
         }
+    }
+}
+
+// Codes of a block of a K-quant, 4 bits each: bytes 0..31 of `group` hold one block in their low
+// and the next in their high halves.
+inline uint8_t* put_nibbles(uint8_t* to, const Line* group, bool high) {
+    for (int j = 0; j < 4; ++j) {
+        Line line;
+        for (int r = 0; r < kPanel; ++r) {
+            const uint32_t a = group[j].r[r], b = group[j + 4].r[r];
+            line.r[r] = high ? (a >> 4 & 0x0f0f0f0f) | (b & 0xf0f0f0f0) : (a & 0x0f0f0f0f) | (b & 0x0f0f0f0f) << 4;
+        }
+        to = put(to, line);
+    }
+    return to;
+}
+
+// Bits b, b+1, .. (as many as `mask` has in a byte) of a block's `n` words, one word's beside the
+// next one's.
+template <int N>
+inline uint8_t* put_plane(uint8_t* to, const Line* words, int step, int b, uint32_t mask) {
+    Line line;
+    for (int r = 0; r < kPanel; ++r) {
+        uint32_t bits = 0;
+        for (int n = 0; n < N; ++n) bits |= (words[n * step].r[r] >> b & mask) << n * (8 / N);
+        line.r[r] = bits;
+    }
+    return put(to, line);
+}
+
+// Scales and minimums of Q4_K and Q5_K, 8 of each and row, from the words that hold them in 6 bits.
+void spread_k_scales(const Line* words, Line* scales, Line* mins) {
+    for (int r = 0; r < kPanel; ++r) {
+        const uint32_t a = words[0].r[r], b = words[1].r[r], c = words[2].r[r];
+        scales[0].r[r] = a & 0x3f3f3f3f;
+        scales[1].r[r] = (c & 0x0f0f0f0f) | (a >> 6 & 0x03030303) << 4;
+        mins[0].r[r] = b & 0x3f3f3f3f;
+        mins[1].r[r] = (c >> 4 & 0x0f0f0f0f) | (b >> 6 & 0x03030303) << 4;
+    }
+}
+
+template <bool FiveBits>
+void pack_q4_k(const Rows& rows, int64_t k, uint8_t* to) {
+    constexpr int kBytes = FiveBits ? 176 : 144;
+    for (int64_t s = 0; s < k / kSuper; ++s) {
+        Line head[4], high[kGroups], codes[32], scales[2], mins[2];
+        gather<4>(rows, kBytes * s, head);
+        if (FiveBits) gather<kGroups>(rows, kBytes * s + 16, high);
+        gather<32>(rows, kBytes * (s + 1) - 128, codes);
+        spread_k_scales(head + 1, scales, mins);
+        to = put_halves(to, head[0], 0);
+        to = put_halves(to, head[0], 16);
         for (int b = 0; b < 8; ++b) {
-            uint8_t* head = panel + block_offset(pack, 8 * s + b);
-            uint8_t codes[kBlock];
-            for (int i = 0; i < kBlock; ++i) codes[i] = uint8_t(u.q[kBlock * b + i] + pack_info(pack).zero);
-            put_codes(pack, codes, r, head + pack_info(pack).head_bytes);
-            head[r] = kind == Kind::Q6_K ? sc[2 * b] : sc[b];
-            head[16 + r] = kind == Kind::Q6_K ? sc[2 * b + 1] : m[b];
+            to = put_bytes(to, scales, b);
+            to = put_bytes(to, mins, b);
+            to = put_nibbles(to, codes + b / 2 * 8, b % 2);
+            if (FiveBits) to = put_plane<8>(to, high, 1, b, 0x01010101);
         }
     }
 }
 
-// Row r of a panel from any other kind: bytes with float scales, nothing lost.
-void pack_bytes_row(Kind kind, Pack pack, const uint8_t* row, int64_t k, int r, uint8_t* panel) {
+void pack_q6_k(const Rows& rows, int64_t k, uint8_t* to) {
+    for (int64_t s = 0; s < k / kSuper; ++s) {
+        Line low[32], high[16], scales[4];
+        gather<32>(rows, 210 * s, low);
+        gather<16>(rows, 210 * s + 128, high);
+        gather<4>(rows, 210 * s + 192, scales);
+        to = put_halves(to, rows, 210 * s + 208);
+        for (int b = 0; b < 8; ++b) {
+            const int half = b / 4, run = b % 4;
+            to = put_bytes(to, scales, 2 * b);
+            to = put_bytes(to, scales, 2 * b + 1);
+            to = put_nibbles(to, low + 16 * half + 8 * (run % 2), run / 2);
+            for (int g = 0; g < 2; ++g) to = put_plane<4>(to, high + 8 * half + g, 2, 2 * run, 0x03030303);
+        }
+    }
+}
+
+// Any other quantized kind: bytes with float scales, nothing lost.
+void pack_bytes(Kind kind, Pack pack, const Rows& rows, int64_t k, uint8_t* to) {
     const KindInfo info = kind_info(int(kind));
     const PackInfo layout = pack_info(pack);
-    for (int64_t first = 0; first < k; first += info.elements, row += info.bytes) {
-        Unpacked u;
-        unpack(kind, row, u);
-        for (int i = 0; i < info.elements; i += kBlock) {
-            uint8_t* head = panel + block_offset(pack, (first + i) / kBlock);
-            uint8_t codes[kBlock];
-            for (int j = 0; j < kBlock; ++j) codes[j] = uint8_t(u.q[i + j]) ^ 0x80;
-            put_codes(pack, codes, r, head + layout.head_bytes);
-            for (int sub = 0; sub < layout.scales; ++sub) {
-                write(head + (sub * kPanel + r) * 4, u.scale[i / 16 + sub]);
-                if (layout.mins) write(head + ((layout.scales + sub) * kPanel + r) * 4, u.min[i / 16 + sub]);
+    const int head_bytes = layout.head_bytes, block_bytes = head_bytes + layout.code_bytes;
+    for (int64_t s = 0; s < k / info.elements; ++s, to += info.elements / kBlock * block_bytes)
+        for (int r = 0; r < rows.real; ++r) {
+            Unpacked u;
+            unpack(kind, rows.at(r, s * info.bytes), u);
+            for (int i = 0; i < info.elements; i += kBlock) {
+                uint8_t* head = to + i / kBlock * block_bytes;
+                for (int g = 0; g < kGroups; ++g)
+                    write(head + head_bytes + g * 64 + r * 4, read<uint32_t>(reinterpret_cast<uint8_t*>(u.q) + i + 4 * g) ^ 0x80808080u);
+                for (int sub = 0; sub < layout.scales; ++sub) {
+                    write(head + (sub * kPanel + r) * 4, u.scale[i / 16 + sub]);
+                    if (layout.mins) write(head + ((layout.scales + sub) * kPanel + r) * 4, u.min[i / 16 + sub]);
+                }
             }
         }
+}
+
+void pack_f32(const Rows& rows, int64_t k, uint8_t* to) {
+    int64_t i = 0;
+    for (; i + 4 <= k; i += 4) {
+        Line words[4];
+        gather<4>(rows, 4 * i, words);
+        for (const Line& line : words) to = put(to, line);
     }
+    for (; i < k; ++i, to += 4 * kPanel)
+        for (int r = 0; r < kPanel; ++r) write(to + 4 * r, read<uint32_t>(rows.at(r, 4 * i)));
 }
 
-void pack_dense_row(Pack pack, const uint8_t* row, int64_t k, int r, uint8_t* panel) {
-    const int width = pack_info(pack).code_bytes;
-    for (int64_t i = 0; i < k; ++i) std::memcpy(panel + (i * kPanel + r) * width, row + i * width, width);
+void pack_half(const Rows& rows, int64_t k, uint8_t* to) {
+    int64_t i = 0;
+    for (; i + 8 <= k; i += 8) {
+        Line words[4];
+        gather<4>(rows, 2 * i, words);
+        for (const Line& line : words) to = put_halves(put_halves(to, line, 0), line, 16);
+    }
+    for (; i < k; ++i) to = put_halves(to, rows, 2 * i);
 }
 
-void pack_row(Kind kind, const uint8_t* row, int64_t k, int r, uint8_t* panel) {
+void pack_panel(Kind kind, const Rows& rows, int64_t k, uint8_t* to) {
     const Pack pack = kind_info(int(kind)).pack;
     switch (pack) {
-        case Pack::F32: case Pack::F16: case Pack::BF16: return pack_dense_row(pack, row, k, r, panel);
-        case Pack::Q4: case Pack::Q4M: case Pack::Q8: return pack_legacy_row(kind, pack, row, k, r, panel);
-        case Pack::Q4K: case Pack::Q5K: case Pack::Q6K: return pack_k_row(kind, pack, row, k, r, panel);
-        case Pack::I8: case Pack::I8M: case Pack::I8S: case Pack::I8SM:
-            return pack_bytes_row(kind, pack, row, k, r, panel);
+        case Pack::F32: return pack_f32(rows, k, to);
+        case Pack::F16: case Pack::BF16: return pack_half(rows, k, to);
+        case Pack::Q4: return pack_q4_0(rows, k, to);
+        case Pack::Q4M: return pack_q4_1(rows, k, to);
+        case Pack::Q8: return pack_q8_0(rows, k, to);
+        case Pack::Q4K: return pack_q4_k<false>(rows, k, to);
+        case Pack::Q5K: return pack_q4_k<true>(rows, k, to);
+        case Pack::Q6K: return pack_q6_k(rows, k, to);
+        case Pack::I8: case Pack::I8M: case Pack::I8S: case Pack::I8SM: return pack_bytes(kind, pack, rows, k, to);
     }
 }
 
@@ -344,10 +466,18 @@ void dequantize_row(Kind kind, const uint8_t* row, int64_t k, float* out) {
 }
 
 void pack_rows(Kind kind, const uint8_t* data, int64_t row_bytes, int64_t rows, int64_t k, uint8_t* out) {
-    const size_t stride = panel_bytes(kind_info(int(kind)).pack, k);
+    const KindInfo info = kind_info(int(kind));
+    const size_t stride = panel_bytes(info.pack, k), bytes = size_t(k / info.elements) * info.bytes;
     parallel_for((rows + kPanel - 1) / kPanel, [&](int64_t p) {
-        for (int r = 0; r < kPanel && p * kPanel + r < rows; ++r)
-            pack_row(kind, data + (p * kPanel + r) * row_bytes, k, r, out + p * stride);
+        const int real = int(std::min<int64_t>(kPanel, rows - p * kPanel));
+        Rows from{data + p * kPanel * row_bytes, row_bytes, real};
+        std::vector<uint8_t> padded;
+        if (real < kPanel) {
+            padded.resize(kPanel * bytes);
+            for (int r = 0; r < real; ++r) std::memcpy(padded.data() + r * bytes, from.at(r), bytes);
+            from = {padded.data(), int64_t(bytes), real};
+        }
+        pack_panel(kind, from, k, out + p * stride);
     });
 }
 

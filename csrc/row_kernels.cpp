@@ -67,39 +67,44 @@ int64_t int8_burst(int64_t repeats) {
               "xmm12", "xmm13", "xmm14", "xmm15");
     return macs;
 #elif defined(__AVX2__)
-    // the fastest int8 way without VNNI: multiply-add pairs, widen, add
+    // The fastest way without VNNI: products of codes up to 15, as 4-bit weights have, are summed in 16
+    // bits eight times before they are widened.
     __m256i u = _mm256_set1_epi8(3), s = _mm256_set1_epi8(-2), one = _mm256_set1_epi16(1);
     for (int64_t i = 0; i < repeats; ++i)
-        for (int part = 0; part < 4; ++part)
-            asm volatile(
-                "vpmaddubsw %1, %0, %%ymm4\n vpmaddubsw %1, %0, %%ymm5\n vpmaddubsw %1, %0, %%ymm6\n"
-                "vpmaddubsw %1, %0, %%ymm7\n vpmaddwd %2, %%ymm4, %%ymm4\n vpmaddwd %2, %%ymm5, %%ymm5\n"
-                "vpmaddwd %2, %%ymm6, %%ymm6\n vpmaddwd %2, %%ymm7, %%ymm7\n vpaddd %%ymm4, %%ymm0, %%ymm0\n"
-                "vpaddd %%ymm5, %%ymm1, %%ymm1\n vpaddd %%ymm6, %%ymm2, %%ymm2\n vpaddd %%ymm7, %%ymm3, %%ymm3\n" ::"x"(u),
-                "x"(s), "x"(one)
-                : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7");
+        asm volatile(
+            "vpmaddubsw %1, %0, %%ymm4\n vpmaddubsw %1, %0, %%ymm5\n"
+            ".rept 7\n"
+            "vpmaddubsw %1, %0, %%ymm6\n vpmaddubsw %1, %0, %%ymm7\n"
+            "vpaddw %%ymm6, %%ymm4, %%ymm4\n vpaddw %%ymm7, %%ymm5, %%ymm5\n"
+            ".endr\n"
+            "vpmaddwd %2, %%ymm4, %%ymm4\n vpmaddwd %2, %%ymm5, %%ymm5\n"
+            "vpaddd %%ymm4, %%ymm0, %%ymm0\n vpaddd %%ymm5, %%ymm1, %%ymm1\n" ::"x"(u), "x"(s), "x"(one)
+            : "xmm0", "xmm1", "xmm4", "xmm5", "xmm6", "xmm7");
     return macs;
 #else
-    vi sums[4] = {};
-    const vb codes = vb{} + uint8_t(3);
-    for (int64_t i = 0; i < repeats; ++i)
-        for (int k = 0; k < kSums; ++k) sums[k & 3] = dot4(sums[k & 3], codes, int32_t(i));
-    vi total = sums[0] + sums[1] + sums[2] + sums[3];
+    // what the compiler makes of dot4; codes that change keep it from computing products once
+    vi total{};
+    vb codes = vb{} + uint8_t(3);
+    for (int64_t i = 0; i < repeats * kSums; ++i) {
+        codes += uint8_t(7);
+        total = dot4(total, codes, int32_t(i));
+    }
     asm volatile("" : : "m"(total));
     return macs;
 #endif
 }
 
-// Reads every byte, eight streams, prefetching 1 KiB ahead: what a decode step can hope for.
-int64_t read_burst(const uint8_t* data, size_t bytes) {
-    constexpr int kStreams = 8, kAhead = 1024;
+// Reads every byte in streams side by side, with prefetches `ahead` bytes ahead of each: into the L1
+// cache (locality 3) or the L2 cache (2).
+template <int kStreams, int kAhead, int kLocality>
+int64_t read_streams(const uint8_t* data, size_t bytes) {
     const size_t stream = bytes / kStreams / 64 * 64;
     vi sums[kStreams] = {};
     for (size_t i = 0; i < stream; i += 64)
 #pragma GCC unroll 8
         for (int s = 0; s < kStreams; ++s) {
             const uint8_t* p = data + s * stream + i;
-            __builtin_prefetch(p + kAhead);
+            __builtin_prefetch(p + kAhead, 0, kLocality);
 #pragma GCC unroll 4
             for (int part = 0; part < 64; part += W * 4) sums[s] += load<vi>(p + part);
         }
@@ -107,6 +112,16 @@ int64_t read_burst(const uint8_t* data, size_t bytes) {
     for (const vi& sum : sums) total += sum;
     asm volatile("" : : "m"(total));
     return int64_t(stream * kStreams);
+}
+
+// What a decode step can hope for; which way is the best differs from one processor to the next.
+int64_t read_burst(const uint8_t* data, size_t bytes, int way) {
+    switch (way) {
+        case 0: return read_streams<8, 1024, 3>(data, bytes);
+        case 1: return read_streams<8, 2048, 2>(data, bytes);
+        case 2: return read_streams<4, 1024, 3>(data, bytes);
+        default: return read_streams<4, 2048, 2>(data, bytes);
+    }
 }
 
 }  // namespace

@@ -95,13 +95,15 @@ PRONK_INLINE vf load_i8(const int8_t* p) {
 PRONK_INLINE vf load_u8(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
-// Two 16-bit halves: maddubs adds pairs of u8*s8 with saturation at 2^15, which codes over 127 would
-// reach, so codes and activations are widened instead where codes may be large (dot4), and codes up
-// to 63 take the short way (dot4_small: 2*63*127 < 2^15).
-PRONK_INLINE vi dot4_small(vi acc, vb codes, int32_t a) {
-    const __m256i pairs = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(codes), _mm256_set1_epi32(a));
-    return acc + reinterpret_cast<vi>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+// Sums of adjacent products in 16 bits; they saturate, so codes and the number of sums added up must
+// be small. Then the sums of adjacent sums, in 32 bits.
+PRONK_INLINE vs multiply_pairs(vb codes, int32_t a) {
+    return reinterpret_cast<vs>(_mm256_maddubs_epi16(reinterpret_cast<__m256i>(codes), _mm256_set1_epi32(a)));
 }
+PRONK_INLINE vi add_pairs(vs pairs) {
+    return reinterpret_cast<vi>(_mm256_madd_epi16(reinterpret_cast<__m256i>(pairs), _mm256_set1_epi16(1)));
+}
+// Codes of 8 bits are widened to 16 instead: their pair sums would saturate.
 PRONK_INLINE vi dot4(vi acc, vb codes, int32_t a) {
     const __m256i u = reinterpret_cast<__m256i>(codes), low = _mm256_set1_epi16(0x00ff);
     const __m256i s = _mm256_set1_epi32(a);
@@ -133,15 +135,6 @@ PRONK_INLINE vi dot4(vi acc, vb codes, int32_t a) {
 }
 
 #endif
-
-// Small codes (up to 63) may take a shorter way than any byte.
-template <bool kSmall>
-PRONK_INLINE vi dot4_of(vi acc, vb codes, int32_t a) {
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
-    if constexpr (kSmall) return dot4_small(acc, codes, a);
-#endif
-    return dot4(acc, codes, a);
-}
 
 PRONK_INLINE vb shift_right(vb v, int n) { return reinterpret_cast<vb>(reinterpret_cast<vs>(v) >> n); }
 PRONK_INLINE vb shift_left(vb v, int n) { return reinterpret_cast<vb>(reinterpret_cast<vs>(v) << n); }
