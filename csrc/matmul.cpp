@@ -177,50 +177,63 @@ PRONK_INLINE int span_blocks(int64_t blocks, int64_t span) {
     return int(blocks - span * kSpan < kSpan ? blocks - span * kSpan : kSpan);
 }
 
-template <Pack P, int MR, int NV>
-PRONK_INLINE void start_sums(const RowBlock* blocks, bool fine, vi (&isum)[MR][NV][pack_info(P).scales]) {
+// Minus the zero point times the sums of a row's integers: where a row's sums begin.
+template <Pack P>
+PRONK_INLINE int32_t start_of(int32_t whole, int32_t first, int sub) {
     constexpr PackInfo info = pack_info(P);
+    return -info.zero * (info.scales == 1 ? whole : sub == 0 ? first : whole - first);
+}
+
+// Adds the fine part of a row to its integer sums, which count 1/256 from then on.
+template <Pack P, int NV, class Code>
+PRONK_INLINE void add_fine(const RowBlock& row, const int8_t* fine, Code&& code, vi (&isum)[NV][pack_info(P).scales]) {
+    constexpr int kScales = pack_info(P).scales;
+    vi sums[1][NV][kScales];
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-        const RowBlock& row = blocks[m * kSpan];
-        const bool none = fine && row.fine_sum == kNoFine;
-        const int32_t whole = none ? 0 : fine ? row.fine_sum : row.q_sum;
-        const int32_t first = none ? 0 : fine ? row.fine_first : row.q_first;
-        const int32_t sum[2] = {info.scales == 1 ? whole : first, whole - first};
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v)
+    for (int v = 0; v < NV; ++v)
 #pragma GCC unroll 2
-            for (int sub = 0; sub < info.scales; ++sub) {
-                const vi start = splat(-info.zero * sum[sub]);
-                isum[m][v][sub] = fine ? (isum[m][v][sub] << 8) + start : start;
-            }
-    }
+        for (int sub = 0; sub < kScales; ++sub)
+            sums[0][v][sub] = (isum[v][sub] << 8) + start_of<P>(row.fine_sum, row.fine_first, sub);
+    dot_block<P, 1, NV>(fine, code, sums);
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v)
+#pragma GCC unroll 2
+        for (int sub = 0; sub < kScales; ++sub) isum[v][sub] = sums[0][v][sub];
 }
 
 // A tile of MR rows by NV vectors over block i of a span: `code(v, g)` yields codes, `scales(v)` scales.
 template <Pack P, int MR, int NV, class Code, class Scale>
 PRONK_INLINE void tile_block(const TileRows& rows, int i, Code&& code, Scale&& scales, vf (&total)[MR][NV]) {
+    constexpr int kScales = pack_info(P).scales;
     const RowBlock* row = rows.blocks + i;
     int32_t largest = kNoFine;
+    vi isum[MR][NV][kScales];
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) largest = row[m * kSpan].fine_sum > largest ? row[m * kSpan].fine_sum : largest;
-    vi isum[MR][NV][pack_info(P).scales];
-    start_sums<P, MR, NV>(row, false, isum);
+    for (int m = 0; m < MR; ++m) {
+        const RowBlock& r = row[m * kSpan];
+        largest = r.fine_sum > largest ? r.fine_sum : largest;
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v)
+#pragma GCC unroll 2
+            for (int sub = 0; sub < kScales; ++sub) isum[m][v][sub] = splat(start_of<P>(r.q_sum, r.q_first, sub));
+    }
     dot_block<P, MR, NV>(rows.q + i * kBlock, code, isum);
-    const auto add = [&](bool fine) {
+    if (__builtin_expect(largest == kNoFine, true)) {
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) {
             const BlockScales<P>& s = scales(v);
 #pragma GCC unroll 8
-            for (int m = 0; m < MR; ++m) total[m][v] = add_block<P>(total[m][v], isum[m][v], s, row[m * kSpan], fine);
+            for (int m = 0; m < MR; ++m) total[m][v] = add_block<P>(total[m][v], isum[m][v], s, row[m * kSpan], false);
         }
-    };
-    if (__builtin_expect(largest != kNoFine, false)) {  // some row has a fine part
-        start_sums<P, MR, NV>(row, true, isum);
-        dot_block<P, MR, NV>(rows.fine + i * kBlock, code, isum);
-        add(true);
-    } else {
-        add(false);
+        return;
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+        const bool fine = row[m * kSpan].fine_sum != kNoFine;
+        if (fine) add_fine<P, NV>(row[m * kSpan], rows.fine + m * kSpanInputs + i * kBlock, code, isum[m]);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v)
+            total[m][v] = add_block<P>(total[m][v], isum[m][v], scales(v), row[m * kSpan], fine);
     }
 }
 
