@@ -1,4 +1,4 @@
-"""The layers as one native call (csrc/stack.cpp) against the ops called one by one: the same bits."""
+"""All layers as one native call (csrc/stack.cpp) against single ops: the same bits."""
 
 import numpy as np
 import pytest
