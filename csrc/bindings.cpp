@@ -31,6 +31,7 @@ using ConstFloats = nb::ndarray<const float, nb::ndim<N>, nb::device::cpu, nb::c
 template <int N>
 using Ints = nb::ndarray<const int32_t, nb::ndim<N>, nb::device::cpu, nb::c_contig>;
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::device::cpu>;
+using Run = nb::ndarray<const uint8_t, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
 // [T][heads][D], rows any stride apart: a slice of the merged q, k, v
 using Heads = nb::ndarray<float, nb::ndim<3>, nb::device::cpu>;
 
@@ -70,14 +71,49 @@ class PackedWeight {
         pieces_.push_back(std::move(piece));
     }
 
+    // Rows that are packed already; the array stays where it is and is kept by reference.
+    void append_packed(int pack, int64_t rows, const Run& data) {
+        require(pack >= 0 && pack <= int(Pack::I8SM), "packed: no such layout");
+        require(weight_.k > 0 && rows > 0, "packed: no rows or no columns");
+        const PackInfo info = pack_info(Pack(pack));
+        require(info.dense || weight_.k % (info.super_bytes ? kSuper : kBlock) == 0, "packed: columns are no multiple of the block");
+        const size_t panel = panel_bytes(Pack(pack), weight_.k), bytes = data.shape(0);
+        require(bytes % panel == 0 && bytes / panel == size_t((rows - 1) / kPanel + 1), "packed: bytes do not match the rows");
+        require(reinterpret_cast<uintptr_t>(data.data()) % kAlign == 0, "packed: memory is not aligned");
+        weight_.segments.push_back({Pack(pack), rows, data.data()});
+        weight_.rows += rows;
+        nbytes_ += bytes;
+        runs_.push_back(data);
+    }
+
     const Weight& weight() const { return weight_; }
     size_t nbytes() const { return nbytes_; }
 
   private:
+    static constexpr size_t kAlign = 64;  // as for memory of our own: a line of codes is a cache line
+
     Weight weight_;
     std::vector<Piece> pieces_;
+    std::vector<Run> runs_;
     size_t nbytes_ = 0;
 };
+
+// Layout, rows and bytes of each segment of a weight; what append_packed takes.
+nb::list py_packed(nb::handle self) {
+    const Weight& weight = nb::cast<const PackedWeight&>(self).weight();
+    nb::list segments;
+    for (const Segment& segment : weight.segments) {
+        const size_t panels = (segment.rows + kPanel - 1) / kPanel;
+        nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>> bytes(segment.panels, {panels * panel_bytes(segment.pack, weight.k)}, self);
+        segments.append(nb::make_tuple(int(segment.pack), segment.rows, bytes));
+    }
+    return segments;
+}
+
+uint64_t py_checksum(const Run& data) {
+    nb::gil_scoped_release release;
+    return checksum(data.data(), data.shape(0));
+}
 
 // Keys and values of one layer.
 class KvMemory {
@@ -286,6 +322,8 @@ NB_MODULE(_cpu, m) {
     m.def("set_threads", &set_threads, "n"_a, nb::call_guard<nb::gil_scoped_release>());
     m.def("get_threads", &get_threads);
     m.def("hardware_threads", &hardware_threads);
+    m.attr("LAYOUT_VERSION") = kLayoutVersion;
+    m.def("checksum", &py_checksum, "data"_a.noconvert());
     m.def("packed_bytes", &py_packed_bytes, "kind"_a, "rows"_a, "k"_a);
     m.def("measure_bandwidth", &measure_bandwidth, "threads"_a, "seconds"_a, nb::call_guard<nb::gil_scoped_release>());
     m.def("measure_int8", &measure_int8, "threads"_a, "seconds"_a, nb::call_guard<nb::gil_scoped_release>());
@@ -293,6 +331,8 @@ NB_MODULE(_cpu, m) {
     nb::class_<PackedWeight>(m, "PackedWeight")
         .def(nb::init<int64_t>(), "k"_a)
         .def("append", &PackedWeight::append, "kind"_a, "data"_a)
+        .def("append_packed", &PackedWeight::append_packed, "pack"_a, "rows"_a, "data"_a.noconvert())
+        .def_prop_ro("packed", &py_packed)
         .def_prop_ro("rows", [](const PackedWeight& w) { return w.weight().rows; })
         .def_prop_ro("k", [](const PackedWeight& w) { return w.weight().k; })
         .def_prop_ro("nbytes", &PackedWeight::nbytes);

@@ -521,27 +521,21 @@ float root_mean_square(const float* x, int64_t k) {
     return __builtin_sqrtf(sum_lanes(squares) / float(k));
 }
 
+// `fine` is written where there is a fine part; nobody reads it elsewhere.
 template <bool kFine>
-void quantize_block(const float* x, const Rounding& rounding, int8_t* q, int8_t* fine, RowBlock& block) {
-    int32_t sums[2], fine_sums[2];
-    for (int half = 0; half < 2; ++half) {
-        vi sum{}, fine_sum{};
-        for (int i = half * 16; i < half * 16 + 16; i += W) {
-            const vi code = round_to_int(x + i, rounding);
-            const vi top = kFine ? (code + 128) >> 8 : code;
-            const vi rest = kFine ? code - (top << 8) : vi{};
-            store(q + i, __builtin_convertvector(top, vc));
-            store(fine + i, __builtin_convertvector(rest, vc));
-            sum += top;
-            fine_sum += rest;
-        }
-        sums[half] = sum_lanes(sum);
-        fine_sums[half] = sum_lanes(fine_sum);
+PRONK_INLINE void quantize_block(const float* x, const Rounding& rounding, int8_t* q, int8_t* fine, RowBlock& block) {
+    for (int i = 0; i < kBlock; i += W) {
+        const vi code = round_to_int(x + i, rounding);
+        const vi top = kFine ? (code + 128) >> 8 : code;
+        store(q + i, __builtin_convertvector(top, vc));
+        if (kFine) store(fine + i, __builtin_convertvector(code - (top << 8), vc));
     }
-    block.q_sum = int16_t(sums[0] + sums[1]), block.q_first = int16_t(sums[0]);
-    block.fine_sum = kFine ? int16_t(fine_sums[0] + fine_sums[1]) : kNoFine;
-    block.fine_first = int16_t(fine_sums[0]);
-    block.sum = (float(sums[0] + sums[1]) + float(fine_sums[0] + fine_sums[1]) * 0.00390625f) * block.scale;
+    const int32_t first = sum_bytes(q), sum = first + sum_bytes(q + 16);
+    const int32_t fine_first = kFine ? sum_bytes(fine) : 0, fine_sum = kFine ? fine_first + sum_bytes(fine + 16) : 0;
+    block.q_sum = int16_t(sum), block.q_first = int16_t(first);
+    block.fine_sum = kFine ? int16_t(fine_sum) : kNoFine;
+    block.fine_first = int16_t(fine_first);
+    block.sum = (float(sum) + float(fine_sum) * 0.00390625f) * block.scale;
 }
 
 }  // namespace

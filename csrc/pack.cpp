@@ -418,6 +418,30 @@ void pack_panel(Kind kind, const Rows& rows, int64_t k, uint8_t* to) {
     }
 }
 
+// ---- checksums ----------------------------------------------------------------------------------
+
+uint64_t mix(uint64_t sum, uint64_t number) {
+    sum = (sum ^ number) * 0x9e3779b97f4a7c15u;
+    return sum ^ sum >> 32;
+}
+
+// In each of 16 lanes of words their sum, and the sum of the sums, which tells their order.
+uint64_t chunk_sum(const uint8_t* data, size_t bytes) {
+    Line sums{}, sums_of_sums{};
+    const auto add = [&](const uint8_t* words) {
+        const Line line = read<Line>(words);
+        for (int i = 0; i < kPanel; ++i) sums_of_sums.r[i] += sums.r[i] += line.r[i];
+    };
+    const size_t whole = bytes / sizeof(Line) * sizeof(Line);
+    for (size_t at = 0; at < whole; at += sizeof(Line)) add(data + at);
+    uint8_t rest[sizeof(Line)] = {};
+    std::memcpy(rest, data + whole, bytes - whole);
+    add(rest);
+    uint64_t sum = 0;
+    for (int i = 0; i < kPanel; ++i) sum = mix(sum, uint64_t(sums.r[i]) << 32 | sums_of_sums.r[i]);
+    return sum;
+}
+
 }  // namespace
 
 KindInfo kind_info(int kind) {
@@ -469,16 +493,26 @@ void pack_rows(Kind kind, const uint8_t* data, int64_t row_bytes, int64_t rows, 
     const KindInfo info = kind_info(int(kind));
     const size_t stride = panel_bytes(info.pack, k), bytes = size_t(k / info.elements) * info.bytes;
     parallel_for((rows + kPanel - 1) / kPanel, [&](int64_t p) {
-        const int real = int(std::min<int64_t>(kPanel, rows - p * kPanel));
-        Rows from{data + p * kPanel * row_bytes, row_bytes, real};
+        Rows from{data + p * kPanel * row_bytes, row_bytes, int(std::min<int64_t>(kPanel, rows - p * kPanel))};
         std::vector<uint8_t> padded;
-        if (real < kPanel) {
+        if (from.real < kPanel) {
             padded.resize(kPanel * bytes);
-            for (int r = 0; r < real; ++r) std::memcpy(padded.data() + r * bytes, from.at(r), bytes);
-            from = {padded.data(), int64_t(bytes), real};
+            for (int r = 0; r < from.real; ++r) std::memcpy(padded.data() + r * bytes, from.at(r), bytes);
+            from = {padded.data(), int64_t(bytes), from.real};
         }
         pack_panel(kind, from, k, out + p * stride);
     });
+}
+
+uint64_t checksum(const uint8_t* data, size_t bytes) {
+    constexpr size_t kChunk = size_t(1) << 20;
+    std::vector<uint64_t> sums((bytes + kChunk - 1) / kChunk);
+    parallel_for(int64_t(sums.size()), [&](int64_t i) {
+        sums[i] = chunk_sum(data + i * kChunk, std::min(kChunk, bytes - i * kChunk));
+    });
+    uint64_t sum = bytes;
+    for (const uint64_t chunk : sums) sum = mix(sum, chunk);
+    return sum;
 }
 
 }  // namespace pronk

@@ -199,33 +199,36 @@ PRONK_INLINE float sum_lanes(vf v) {
 #endif
 }
 
-// The lanes of an integer vector folded by op(a, b), where the order does not matter.
-#if defined(__AVX2__)
-template <class Op>
-PRONK_INLINE int32_t fold_lanes(vi v, const Op& op) {
+// Largest lane of an integer vector.
+PRONK_INLINE int32_t max_lanes(vi v) {
 #if defined(__AVX512VNNI__)
     const __m512i x = reinterpret_cast<__m512i>(v);
-    const __m256i a = op(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
-#else
+    const __m256i a = _mm256_max_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+#elif defined(__AVX2__)
     const __m256i a = reinterpret_cast<__m256i>(v);
 #endif
-    const __m256i b = op(a, _mm256_permute2x128_si256(a, a, 1));
-    const __m256i c = op(b, _mm256_shuffle_epi32(b, 0x4e));
-    return _mm256_extract_epi32(op(c, _mm256_shuffle_epi32(c, 0xb1)), 0);
-}
-PRONK_INLINE int32_t sum_lanes(vi v) {
-    return fold_lanes(v, [](__m256i a, __m256i b) { return _mm256_add_epi32(a, b); });
-}
-PRONK_INLINE int32_t max_lanes(vi v) {
-    return fold_lanes(v, [](__m256i a, __m256i b) { return _mm256_max_epi32(a, b); });
-}
+#if defined(__AVX2__)
+    const __m128i b = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    const __m128i c = _mm_max_epi32(b, _mm_shuffle_epi32(b, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(c, _mm_shuffle_epi32(c, 0xb1)));
 #else
-PRONK_INLINE int32_t sum_lanes(vi v) { return v[0] + v[1] + v[2] + v[3]; }
-PRONK_INLINE int32_t max_lanes(vi v) {
     const int32_t a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
     return a > b ? a : b;
-}
 #endif
+}
+
+// Sum of 16 signed bytes.
+PRONK_INLINE int32_t sum_bytes(const int8_t* p) {
+#if defined(__AVX2__)
+    const __m128i shifted = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(-128));
+    const __m128i sums = _mm_sad_epu8(shifted, _mm_setzero_si128());  // of each 8, as unsigned bytes
+    return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
+#else
+    int32_t sum = 0;
+    for (int i = 0; i < 16; ++i) sum += p[i];
+    return sum;
+#endif
+}
 
 // Largest magnitude of the n floats at x (n a multiple of W); NaN if one of them is NaN.
 PRONK_INLINE float peak_of(const float* x, int64_t n) {
