@@ -198,6 +198,18 @@ def test_one_gguf_of_several(fake: FakeHub) -> None:
     assert [m.name for m in cache.installed_models()] == ["a/b:q8"]
 
 
+def test_removing_a_model_removes_its_packed_weights(fake: FakeHub) -> None:
+    """Also where the model's path is a link, which is gone by then."""
+    fake.repos["a/b"] = {"m-Q4_0.gguf": b"four", "m-Q8_0.gguf": b"eight"}
+    small, large = resolve_model("a/b:q4"), resolve_model("a/b:q8")
+    layouts = [cache.layout_path(pull.pull(ref).path) for ref in (small, large)]
+    for layout in layouts:
+        layout.parent.mkdir(parents=True, exist_ok=True)
+        layout.write_bytes(bytes(5000))
+    assert pull.remove(small) >= 5000
+    assert [layout.exists() for layout in layouts] == [False, True]
+
+
 def test_removing_a_repository_empties_the_hubs_cache(fake: FakeHub) -> None:
     ref = resolve_model(LLAMA)
     model = pull.pull(ref)

@@ -19,6 +19,7 @@ from engine.tiny_models import CONFIG, write_gguf, write_hf
 from pronk import LLM
 from pronk.checkpoints import pull
 from pronk.checkpoints.catalog import CATALOG, DEFAULT_MODEL, WheelSource
+from pronk.engine.bench import Meter
 
 
 def json_of(pronk: Pronk, *arguments: str, stdin: bytes = b"") -> dict[str, Any]:
@@ -364,6 +365,13 @@ def test_tokenize_loads_no_weights(
     assert pronk("tokenize", tiny, "x").code == 0
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How well the machine is measured is not what is tested here."""
+    monkeypatch.setattr(Meter, "BANDWIDTH_SECONDS", 0.001)
+    monkeypatch.setattr(Meter, "INT8_SECONDS", 0.001)
+
+
 def test_bench(tiny: str, pronk: Pronk) -> None:
     options = ("-p", "40", "-n", "8", "-d", "64", "-b", "2", "-r", "3", "--backend", "reference")
     result = json_of(pronk, "bench", tiny, *options)
@@ -377,17 +385,22 @@ def test_bench(tiny: str, pronk: Pronk) -> None:
     ]
     for phase in ("prefill", "decode"):
         measured = result[phase]
-        assert len(measured["runs"]) == 3
-        assert sorted(measured["runs"])[1] == measured["tokens_per_s"] > 0
+        speeds = [run["tokens_per_s"] for run in measured["runs"]]
+        assert len(speeds) == 3
+        assert sorted(speeds)[1] == measured["tokens_per_s"] > 0
         assert measured["fraction_of"] is None  # nothing is known of NumPy's limits
+        assert measured["runs"][0]["bandwidth_bytes_per_s"] is None
+        assert "profile" not in measured
     assert result["peak_memory_bytes"] > 10e6
     out = pronk("bench", tiny, *options).out.splitlines()
     assert [line.split()[0] for line in out[1:]] == ["PHASE", "prefill", "decode"]
 
 
+@pytest.mark.usefixtures("quick")
 def test_bench_of_the_compiled_core_knows_the_machine(tiny: str, pronk: Pronk) -> None:
     pytest.importorskip("pronk.backends.cpu")
-    result = json_of(pronk, "bench", tiny, "-p", "40", "-n", "8", "-r", "1", "--threads", "1")
+    options = (tiny, "-p", "40", "-n", "8", "-r", "3", "--threads", "1")
+    result = json_of(pronk, "bench", *options)
     assert result["threads"] == 1
     assert result["bandwidth_bytes_per_s"] > 1e9
     for phase in ("prefill", "decode"):
@@ -395,12 +408,37 @@ def test_bench_of_the_compiled_core_knows_the_machine(tiny: str, pronk: Pronk) -
         for limit, demand in (
             ("bandwidth_bytes_per_s", "bytes_per_token"), ("int8_macs_per_s", "macs_per_token"),
         ):  # fmt: skip
-            used = measured["fraction_of"][limit.partition("_")[0]]
-            assert used == pytest.approx(
-                measured["tokens_per_s"] * measured[demand] / result[limit]
-            )
-    out = pronk("bench", tiny, "-p", "40", "-n", "8", "-r", "1", "--threads", "1").out
+            name = limit.partition("_")[0]
+            fractions = [run["fraction_of"][name] for run in measured["runs"]]
+            assert sorted(fractions)[1] == measured["fraction_of"][name]
+            assert fractions == [
+                pytest.approx(run["tokens_per_s"] * measured[demand] / run[limit])
+                for run in measured["runs"]
+            ]
+    out = pronk("bench", *options).out
     assert "machine: reads" in out
+    assert "OPERATION" not in out
+
+
+@pytest.mark.usefixtures("quick")
+def test_bench_profile(tiny: str, pronk: Pronk) -> None:
+    pytest.importorskip("pronk.backends.cpu")
+    options = ("bench", tiny, "-p", "40", "-n", "8", "-r", "1", "--profile")
+    result = json_of(pronk, *options)
+    for phase in ("prefill", "decode"):
+        lines = result[phase]["profile"]
+        assert sum(line["share"] for line in lines) == pytest.approx(1)
+        assert lines[-1]["operation"] == "everything else"
+        assert {"gate and up", "down", "attention"} <= {line["operation"] for line in lines}
+    out = pronk(*options).out
+    assert out.count("OPERATION") == 2
+    assert out.index("\nprefill, a step:\n") < out.index("\ndecode, a step:\n")
+
+
+def test_bench_profile_of_plain_numpy(tiny: str, pronk: Pronk) -> None:
+    ran = pronk("bench", tiny, "--profile", "--backend", "reference")
+    assert ran.code == 2
+    assert "--profile: the backend 'reference' does not tell where its time goes" in ran.err
 
 
 def test_bench_uses_all_cores_and_says_how_many(
@@ -416,7 +454,7 @@ def test_bench_uses_all_cores_and_says_how_many(
     result = json_of(pronk, "bench", tiny, "-p", "8", "-n", "2", "-r", "1")
     assert result["threads"] == 3
     assert set(told) == {3}
-    assert measured == [3, 3]
+    assert set(measured) == {3}
     assert "3 threads" in pronk("bench", tiny, "-p", "8", "-n", "2", "-r", "1").out
 
 

@@ -7,13 +7,30 @@ from tiny_models import CONFIG, write_gguf
 from pronk.backends import reference
 from pronk.core.errors import MemoryLimitError, PronkError, UserError
 from pronk.engine import bench
-from pronk.engine.bench import Demand, Limits, Plan, Subject, load_subject
+from pronk.engine.bench import (
+    OPERATION,
+    Meter,
+    Phase,
+    Plan,
+    Run,
+    Subject,
+    Timing,
+    load_subject,
+)
+from pronk.engine.demand import Demand, Fraction, Limits, Work
 from pronk.engine.request import Request
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(tmp_path_factory.mktemp("bench") / "tiny.gguf")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How well the machine is measured is not what is tested here."""
+    monkeypatch.setattr(Meter, "BANDWIDTH_SECONDS", 0.001)
+    monkeypatch.setattr(Meter, "INT8_SECONDS", 0.001)
 
 
 def subject_for(path: Path, plan: Plan) -> Subject:
@@ -37,24 +54,38 @@ def test_prefill_reads_the_prompt_at_its_depth(path: Path, monkeypatch: pytest.M
     plan = Plan(prompt=40, generate=3, depth=70, batch=2, repeat=2)
     subject = subject_for(path, plan)
     made = recorded(monkeypatch)
-    speed = bench.measure_prefill(subject, plan)
-    assert len(speed.runs) == 2
-    assert speed.median > 0
+    phase = bench.measure_prefill(subject, plan)
+    assert [run.tokens for run in phase.runs] == [2 * (40 + 70 - 64)] * 2
+    assert phase.rate > 0
     measured = [request for request in made if request.params is not None]
     assert len(measured) == 3 * 2  # a warm-up and two runs
     assert all(request.n_prompt == 110 for request in measured)
     assert all(request.cached == 64 for request in measured)  # whole blocks of the 70
     assert all(request.n_output == 1 and not request.preemptions for request in measured)
+    starts = [request for request in made if request.params is None]
+    assert len({tuple(request.ids) for request in starts}) == 2
+    computed = [request.cached for request in starts]
+    assert computed == [0, 0, 64, 64, 64, 64]  # once, not for every run
 
 
 def test_decode_writes_what_was_asked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan(prompt=5, generate=60, depth=0, batch=3, repeat=1)
     subject = subject_for(path, plan)
     made = recorded(monkeypatch)
-    bench.measure_decode(subject, plan)
+    phase = bench.measure_decode(subject, plan)
     assert len(made) == 2 * 3
     assert all((r.n_prompt, r.n_output) == (1, 61) for r in made)
     assert all(not r.preemptions and not r.cached for r in made)
+    assert [(run.tokens, run.timing.steps) for run in phase.runs] == [(3 * 60, 60)]
+
+
+def test_decode_at_a_depth_computes_it_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(prompt=5, generate=10, depth=100, batch=2, repeat=2)
+    subject = subject_for(path, plan)
+    made = recorded(monkeypatch)
+    phase = bench.measure_decode(subject, plan)
+    assert [r.cached for r in made] == [0, 0, 96, 96, 96, 96]
+    assert [run.tokens for run in phase.runs] == [20, 20]
 
 
 def test_runs_never_share_a_prompt(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,22 +97,113 @@ def test_runs_never_share_a_prompt(path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len({tuple(request.ids[:40]) for request in made}) == len(made)
 
 
-def test_demand_by_hand(path: Path) -> None:
-    plan = Plan(prompt=600, generate=100, depth=50, batch=2)
-    subject = Subject(engine=None, config=CONFIG, weight_bytes=10_000, kv_bytes=100, threads=1)  # type: ignore[arg-type]
-    layers = 2 * (32 * (32 + 32 + 16 + 16) + 3 * 32 * 64)  # q, o, k, v and the three of the MLP
+def spec(*, by_operation: bool = True) -> Subject:
+    """A subject that nothing runs."""
+    sizes = dict(zip(OPERATION, (1000, 2000, 3000, 4000, 5000), strict=True))
+    return Subject(
+        engine=None, ops=reference, config=CONFIG, weights=sizes, kv_bytes=100, threads=1,  # type: ignore[arg-type]
+        meter=Meter(reference, 1), by_operation=by_operation,
+    )  # fmt: skip
+
+
+def test_demand_by_hand() -> None:
+    qkv, wo, gate_up, down = 32 * (32 + 16 + 16), 32 * 32, 32 * 128, 64 * 32
     head = 32 * CONFIG.vocab_size
-    decode = bench.decode_demand(subject, plan)
-    assert decode.nbytes == 10_000 / 2 + 100 * 100
-    assert decode.macs == layers + 2 * 2 * 100 * 32 + head
-    prefill = bench.prefill_demand(subject, plan)
-    assert prefill.nbytes == (3 * 10_000 + 3 * 2 * 350 * 100) / 1200  # 1200 rows: three steps
-    assert prefill.macs == pytest.approx(layers + 2 * 2 * 350 * 32 + head / 600)
+    prefill = bench._demands(spec(), Work(600, 2, 2, 350, answered=2))
+    assert prefill == {
+        "q, k, v": Demand(2 * 1000, 1200 * qkv),
+        "attention output": Demand(2 * 2000, 602 * wo),  # the last layer goes on with two rows
+        "gate and up": Demand(2 * 3000, 602 * gate_up),
+        "down": Demand(2 * 4000, 602 * down),
+        "other linear": Demand(2 * 5000, 2 * head),
+        "attention": Demand(2 * 2 * 350 * 100, 1200 * 2 * 350 * 32),
+    }
+    decode = bench._demands(spec(by_operation=False), Work(9, 3, 3, 50, answered=9))
+    linear = 2 * 9 * (qkv + wo + gate_up + down) + 9 * head
+    assert decode == {
+        "other linear": Demand(3 * 15_000, linear),
+        "attention": Demand(3 * 3 * 50 * 100, 18 * 2 * 50 * 32),
+    }
 
 
-def test_fractions() -> None:
-    used = Demand(nbytes=1e6, macs=1e8).fraction(50.0, Limits(bandwidth=1e9, int8=1e11))
-    assert used == {"bandwidth": pytest.approx(0.05), "int8": pytest.approx(0.05)}
+def run_of(seconds: float, limits: Limits | None, **spent: float) -> Run:
+    demands = {"down": Demand(2e9, 1e10), "attention": Demand(1e9, 3e10)}
+    return Run(100, Timing(seconds, 10, limits, spent), demands)
+
+
+def test_each_run_is_compared_with_its_own_limits() -> None:
+    """The machine halves its speed for one of three runs; the fraction is the same in all."""
+    fast, slow = Limits(6e9, 1e11), Limits(3e9, 5e10)
+    phase = Phase((run_of(1.0, fast), run_of(2.0, slow), run_of(1.0, fast)))
+    assert [run.used for run in phase.runs] == [Fraction(0.5, 0.4)] * 3
+    assert phase.used == Fraction(0.5, 0.4)
+    assert phase.rate == 100
+    unknown = Phase((run_of(1.0, None),))
+    assert unknown.used is None
+    assert unknown.profile()[-1].used is None
+
+
+def test_profile() -> None:
+    limits = Limits(6e9, 1e11)
+    runs = (
+        run_of(1.0, limits, down=0.5, attention=0.25, rotation=0.0),
+        run_of(2.0, limits, down=1.0, attention=0.5, rotation=0.0),
+    )
+    down, attention, rest = Phase(runs).profile()
+    assert (down.name, down.seconds, down.share) == ("down", 0.075, 0.5)
+    assert down.used == Fraction(pytest.approx(0.5), pytest.approx(0.15))  # 4 and 2 GB/s of 6
+    assert (attention.name, attention.seconds, attention.share) == ("attention", 0.0375, 0.25)
+    assert (rest.name, rest.seconds, rest.share) == (bench.REST, 0.0375, 0.25)
+    assert rest.used is None
+
+
+def test_limits_are_measured_before_and_after_each_run(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = iter(range(1, 100))
+    monkeypatch.setattr(
+        reference, "measure_bandwidth", lambda threads, _: 100.0 * threads + next(rates),
+        raising=False,
+    )  # fmt: skip
+    monkeypatch.setattr(reference, "measure_int8", lambda *_: 5.0, raising=False)
+    plan = Plan(prompt=8, generate=4, repeat=2)
+    subject = load_subject(path, plan, ops=reference, threads=2, kv_dtype="f32")
+    for measure in (bench.measure_prefill, bench.measure_decode):
+        limits = [run.timing.limits for run in measure(subject, plan).runs]
+        (first,) = [limits[0].bandwidth] if limits[0] else [0.0]
+        assert first % 1 == 0.5  # the mean of two that follow one another
+        assert limits == [Limits(first, 5.0), Limits(first + 2, 5.0)]
+
+
+def test_what_measures_the_bandwidth_counts_as_memory(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(prompt=8, generate=4)
+    assert Meter(reference, 2).nbytes == 0
+    monkeypatch.setattr(bench, "free_memory", lambda: 400e6)
+    assert subject_for(path, plan).engine is not None
+    monkeypatch.setattr(reference, "measure_bandwidth", lambda *_: 1.0, raising=False)
+    assert Meter(reference, 2).nbytes == 512 << 20
+    assert Meter(reference, 64).nbytes == 2048 << 20
+    with pytest.raises(MemoryLimitError):
+        subject_for(path, plan)
+
+
+def test_the_compiled_core_is_measured_by_operation(path: Path) -> None:
+    cpu = pytest.importorskip("pronk.backends.cpu")
+    plan = Plan(prompt=40, generate=4, repeat=1)
+    subject = load_subject(path, plan, ops=cpu, threads=1, kv_dtype="f16")
+    for measure in (bench.measure_prefill, bench.measure_decode):
+        phase = measure(subject, plan)
+        lines = phase.profile()
+        assert {*OPERATION.values(), "attention"} <= {line.name for line in lines}
+        assert sum(line.share for line in lines) == pytest.approx(1)
+        assert all(line.used for line in lines if line.name in OPERATION.values())
+        assert sum(line.seconds for line in lines) == pytest.approx(
+            phase.runs[0].timing.seconds / phase.runs[0].timing.steps
+        )
+    with pytest.raises(UserError, match="--profile: the backend 'reference' does not tell"):
+        bench.check_profile(reference)
 
 
 def test_sizes_of_a_real_subject(path: Path) -> None:
@@ -89,6 +211,8 @@ def test_sizes_of_a_real_subject(path: Path) -> None:
     subject = subject_for(path, plan)
     linear = CONFIG.n_params - 32 * CONFIG.vocab_size - 5 * 32  # neither embedding nor norms
     assert subject.weight_bytes == 4 * linear
+    assert subject.weights["wqkv"] == 4 * 2 * 32 * 64
+    assert subject.weights["output"] == 4 * 32 * CONFIG.vocab_size
     assert subject.kv_bytes == 2 * 2 * 2 * 8 * 4  # layers, K and V, heads, size, float32
 
 

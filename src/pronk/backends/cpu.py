@@ -32,6 +32,10 @@ measure_bandwidth = _cpu.measure_bandwidth
 measure_int8 = _cpu.measure_int8
 take_profile = _cpu.take_profile
 
+LAYOUT_VERSION = _cpu.LAYOUT_VERSION
+"""Of packed bytes: what another version has packed must be packed again."""
+checksum = _cpu.checksum
+
 
 def packed_bytes(kind: str, rows: int, cols: int) -> int:
     """Bytes that a weight takes once it is loaded."""
@@ -42,6 +46,21 @@ def make_weight(tensors: Sequence[RawTensor]) -> _cpu.PackedWeight:
     weight = _cpu.PackedWeight(tensors[0].shape[1])
     for tensor in tensors:
         weight.append(KINDS[tensor.kind].ggml_id, tensor.data)
+    return weight
+
+
+def packed_parts(weight: _cpu.PackedWeight) -> list[tuple[int, int, U8]]:
+    """What `from_packed` makes the same weight from: for each tensor stacked in it the number of
+    its layout, its rows, and the packed bytes as a view."""
+    return weight.packed
+
+
+def from_packed(cols: int, parts: Sequence[tuple[int, int, U8]]) -> _cpu.PackedWeight:
+    """A weight whose bytes stay where they are, in a mapped file for instance; each part must begin
+    at a multiple of 64. ValueError for parts that cannot be of a weight of so many columns."""
+    weight = _cpu.PackedWeight(cols)
+    for layout, rows, data in parts:
+        weight.append_packed(layout, rows, data)
     return weight
 
 

@@ -7,6 +7,7 @@ points there. Fetching is in `pull.py` and `hub.py`.
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -70,6 +71,18 @@ class Installed:
 
 def model_folder(ref: ModelRef) -> Path:
     return cache_root() / "models" / ref.name.replace("/", "--").replace(":", "--")
+
+
+def layouts_folder() -> Path:
+    """Where packed weights are kept (layouts.py); all of it may be deleted at any time."""
+    return cache_root() / "layouts"
+
+
+def layout_path(model: Path) -> Path:
+    """The file for the packed weights of the model at a path."""
+    model = model.resolve()
+    digest = hashlib.sha256(os.fsencode(model)).hexdigest()[:16]
+    return layouts_folder() / f"{model.name[:40]}-{digest}.layout"
 
 
 def installed(ref: ModelRef) -> Installed | None:

@@ -71,6 +71,10 @@ class Checkpoint:
         """(rows, columns) of a tensor, without reading it."""
         return tensor_shape(name, self.config)
 
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of a tensor as it is stored, without reading it."""
+        return self._stored(name).nbytes
+
     def _stored(self, name: str) -> Stored:
         if name not in self._tensors:
             raise CheckpointError(f"{self.path}: the model has no tensor {quoted(name)}")
@@ -80,6 +84,12 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors as they are stored."""
         return sum(stored.nbytes for stored in self._tensors.values())
+
+    def files(self) -> list[tuple[str, int, int]]:
+        """Path (links followed), size and time of change in nanoseconds of each file with weights,
+        as it was when it was opened; nothing once they are closed."""
+        open_files = [file for file in self._files if file.size]
+        return [(str(file.path.resolve()), file.size, file.mtime_ns) for file in open_files]
 
     def kinds(self) -> dict[str, int]:
         """How many tensors each block format has, the most frequent first."""

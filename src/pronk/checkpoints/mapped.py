@@ -1,6 +1,7 @@
 """A read-only memory-mapped file, and words for what is wrong with one. No format knowledge."""
 
 import mmap
+import os
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class MappedFile:
                 raise CheckpointError(f"{path}: the file is empty") from None
             except OSError as error:
                 raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+            self.mtime_ns = os.fstat(file.fileno()).st_mtime_ns
         self.size = len(self._map)
         self._bytes: U8 = np.frombuffer(self._map, np.uint8)
 

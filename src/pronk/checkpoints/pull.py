@@ -99,7 +99,8 @@ def _fetch(ref: ModelRef, progress: Progress) -> Installed:
 
 
 def remove(ref: ModelRef, *, progress: Progress = silent) -> int:
-    """Deletes what `pull` fetched of a model, finished or not; returns the bytes freed.
+    """Deletes what `pull` fetched of a model, finished or not, and its packed weights; returns the
+    bytes freed.
 
     Raises UserError for a path and for a model of another program: these are not ours to delete.
     """
@@ -118,12 +119,17 @@ def _remove(ref: ModelRef) -> int:
     found = cache.recorded(ref) or find(ref)
     if found is None and not folders:
         raise UserError(f"NAME: {ref.name} is not on disk; `pronk list` shows what is")
+    layout = cache.layout_path(found.path) if found else None  # which follows links that go next
     freed = 0
     if ref.repo and found:
         from pronk.checkpoints import hub
 
         freed = hub.remove(ref, found)
-    return freed + sum(cache.remove_folder(folder) for folder in folders)
+    freed += sum(cache.remove_folder(folder) for folder in folders)
+    if layout and layout.exists():
+        freed += layout.stat().st_size
+        layout.unlink(missing_ok=True)
+    return freed
 
 
 def _staging(ref: ModelRef) -> Path:

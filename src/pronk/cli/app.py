@@ -56,7 +56,9 @@ def cli(debug: bool) -> None:
     Hugging Face id (owner/name), or a path to a GGUF file, a Hugging Face folder or a Meta folder.
 
     Models are kept in ~/.cache/pronk (under XDG_CACHE_HOME where that is set; on macOS in
-    ~/Library/Caches/pronk), those of Hugging Face in its own cache (HF_HOME).
+    ~/Library/Caches/pronk), those of Hugging Face in its own cache (HF_HOME). With --layout-cache
+    (or PRONK_LAYOUT_CACHE=1) packed weights are kept there, too, in layouts/, which may be deleted
+    at any time.
     """
 
 

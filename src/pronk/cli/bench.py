@@ -2,6 +2,8 @@
 
 import resource
 import sys
+from dataclasses import asdict
+from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -20,7 +22,8 @@ from pronk.cli.progress import Reporter
 
 if TYPE_CHECKING:
     from pronk.core.progress import Progress
-    from pronk.engine.bench import Demand, Limits, Plan, Speed
+    from pronk.engine.bench import Phase, Plan, Run
+    from pronk.engine.demand import Fraction, Limits
     from pronk.engine.load import LoadOps
 
 
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Runs; the median counts.",
 )
+@click.option("--profile", is_flag=True, help="Also show where the time of a step goes.")
 @load_options
 @json_option
 def bench(
@@ -58,46 +62,53 @@ def bench(
     depth: int,
     batch: int,
     repeat: int,
+    profile: bool,
     load: LoadOptions,
     as_json: bool,
 ) -> None:
     """Measure prefill and decode speed.
 
-    In the same run the machine's memory bandwidth and int8 rate are measured, and each speed is
-    also given as the fraction of them that it uses.
+    Before and after each run the machine's memory bandwidth and int8 rate are measured, and each
+    speed is also given as the fraction of them that it uses. With several runs the medians count,
+    of speeds and of fractions.
     """
     from pronk.engine.bench import Plan
 
     plan = Plan(prompt, generate, depth, batch, repeat)
     with Reporter() as progress:
-        result = run_bench(model, plan, load, progress)
+        result = run_bench(model, plan, load, progress, profile=profile)
     if as_json:
         emit(result)
     else:
         _print(result)
 
 
-def run_bench(model: str, plan: "Plan", load: LoadOptions, progress: "Progress") -> dict[str, Any]:
+def run_bench(
+    model: str, plan: "Plan", load: LoadOptions, progress: "Progress", *, profile: bool
+) -> dict[str, Any]:
     """The measurements as JSON values: tokens, bytes and multiply-accumulates a second."""
     from pronk.backends.select import select_backend
     from pronk.checkpoints.pull import locate
     from pronk.engine import bench as measure
 
     check_threads(load.threads)
-    path = locate(model, progress=progress)
     ops = cast("LoadOps", select_backend(load.backend))
+    if profile:
+        measure.check_profile(ops)
+    path = locate(model, progress=progress)
     subject = measure.load_subject(
         path,
         plan,
         ops=ops,
         threads=load.threads,
         kv_dtype=load.kv_dtype,
+        layout_cache=load.layout_cache,
         progress=progress,
     )
+    loaded = _peak_memory()
     prefill = measure.measure_prefill(subject, plan, progress=progress)
     decode = measure.measure_decode(subject, plan, progress=progress)
-    peak = _peak_memory()  # before the buffers that the bandwidth is measured with
-    limits = _limits(ops.name, subject.threads, progress)
+    limits = [run.timing.limits for run in (*prefill.runs, *decode.runs)]
     return {
         "model": model,
         "parameters": subject.config.n_params,
@@ -109,33 +120,54 @@ def run_bench(model: str, plan: "Plan", load: LoadOptions, progress: "Progress")
         "repeat": plan.repeat,
         "backend": ops.name,
         **_machine(ops.name, subject.threads),
-        "bandwidth_bytes_per_s": limits.bandwidth if limits else None,
-        "int8_macs_per_s": limits.int8 if limits else None,
-        "prefill": _phase(prefill, measure.prefill_demand(subject, plan), limits),
-        "decode": _phase(decode, measure.decode_demand(subject, plan), limits),
-        "peak_memory_bytes": peak,
+        **_limits([known for known in limits if known]),
+        "prefill": _phase(prefill, profile),
+        "decode": _phase(decode, profile),
+        # without what the backend keeps to measure the bandwidth with
+        "peak_memory_bytes": max(loaded, _peak_memory() - subject.meter.nbytes),
     }
 
 
-def _phase(speed: "Speed", demand: "Demand", limits: "Limits | None") -> dict[str, Any]:
+def _limits(measured: "list[Limits]") -> dict[str, Any]:
+    """The medians of what was measured beside the runs; unknown without the compiled core."""
     return {
-        "tokens_per_s": speed.median,
-        "runs": list(speed.runs),
-        "bytes_per_token": demand.nbytes,
-        "macs_per_token": demand.macs,
-        "fraction_of": demand.fraction(speed.median, limits) if limits else None,
+        "bandwidth_bytes_per_s": median(m.bandwidth for m in measured) if measured else None,
+        "int8_macs_per_s": median(m.int8 for m in measured) if measured else None,
     }
 
 
-def _limits(backend: str, threads: int, progress: "Progress") -> "Limits | None":
-    """The machine's limits with as many threads; unknown without the compiled core."""
-    if backend != "cpu":
-        return None
-    from pronk.backends import cpu
-    from pronk.engine.bench import Limits
+def _phase(phase: "Phase", profile: bool) -> dict[str, Any]:
+    first = phase.runs[0]
+    result = {
+        "tokens_per_s": phase.rate,
+        "bytes_per_token": first.demand.nbytes / first.tokens,
+        "macs_per_token": first.demand.macs / first.tokens,
+        "fraction_of": _fraction(phase.used),
+        "runs": [_run(run) for run in phase.runs],
+    }
+    if profile:
+        result["profile"] = [
+            {
+                "operation": operation.name,
+                "seconds_per_step": operation.seconds,
+                "share": operation.share,
+                "fraction_of": _fraction(operation.used),
+            }
+            for operation in phase.profile()
+        ]
+    return result
 
-    progress(0, 0, "measuring the machine")
-    return Limits(cpu.measure_bandwidth(threads, 0.5), cpu.measure_int8(threads, 0.5))
+
+def _run(run: "Run") -> dict[str, Any]:
+    return {
+        "tokens_per_s": run.rate,
+        **_limits([run.timing.limits] if run.timing.limits else []),
+        "fraction_of": _fraction(run.used),
+    }
+
+
+def _fraction(used: "Fraction | None") -> dict[str, float] | None:
+    return asdict(used) if used else None
 
 
 def _machine(backend: str, threads: int) -> dict[str, Any]:
@@ -158,12 +190,11 @@ def _print(result: dict[str, Any]) -> None:
     if result["isa"]:
         where += f" ({result['isa']}), {result['threads']} threads"
     click.echo(f"{result['model']}, {where}, batch {result['batch']}, depth {result['depth']}")
-    rows = [["PHASE", "TOKENS", "TOKENS/S", "OF BANDWIDTH", "OF INT8 RATE"]]
+    rows = [["PHASE", "TOKENS", "TOKENS/S", *_FRACTIONS]]
     for phase, tokens in (("prefill", result["prompt"]), ("decode", result["generate"])):
         measured = result[phase]
-        used = measured["fraction_of"]
-        fractions = [f"{100 * used[k]:.1f} %" if used else "?" for k in ("bandwidth", "int8")]
-        rows.append([phase, str(tokens), f"{measured['tokens_per_s']:.1f}", *fractions])
+        speed = f"{measured['tokens_per_s']:.1f}"
+        rows.append([phase, str(tokens), speed, *_percent(measured["fraction_of"])])
     click.echo(columns(rows))
     if result["isa"]:
         click.echo(
@@ -171,3 +202,21 @@ def _print(result: dict[str, Any]) -> None:
             f" {result['int8_macs_per_s'] / 1e9:.0f} G int8 multiply-accumulates/s;"
             f" peak memory {result['peak_memory_bytes'] / 1e6:.0f} MB"
         )
+    for phase in ("prefill", "decode"):
+        if profile := result[phase].get("profile"):
+            click.echo(f"\n{phase}, a step:\n{_profile(profile)}")
+
+
+_FRACTIONS = ("OF BANDWIDTH", "OF INT8 RATE")
+
+
+def _profile(operations: list[dict[str, Any]]) -> str:
+    rows = [["OPERATION", "MS", "SHARE", *_FRACTIONS]]
+    for operation in operations:
+        numbers = f"{1000 * operation['seconds_per_step']:.2f}", f"{100 * operation['share']:.1f} %"
+        rows.append([operation["operation"], *numbers, *_percent(operation["fraction_of"], "")])
+    return columns(rows)
+
+
+def _percent(used: dict[str, float] | None, unknown: str = "?") -> list[str]:
+    return [f"{100 * used[k]:.1f} %" if used else unknown for k in ("bandwidth", "int8")]

@@ -91,6 +91,7 @@ class LoadOptions:
     threads: int | None
     backend: str
     kv_dtype: "KvDtype"
+    layout_cache: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,9 @@ _LOAD: Sequence[Wrap] = (
                  help="Compiled kernels or plain NumPy (default: auto, the kernels if there)."),
     click.option("--kv-dtype", type=click.Choice(["f32", "f16", "int8"]), default="f16",
                  show_default=True, help="How keys and values are stored."),
+    click.option("--layout-cache/--no-layout-cache", default=None,
+                 help="Keep the packed weights on disk, as much again as the model, for a faster"
+                 " start (default: no, unless PRONK_LAYOUT_CACHE is 1)."),
 )  # fmt: skip
 
 
@@ -209,6 +213,7 @@ def load_model(model: str, options: LoadOptions, *, ctx: int | None) -> "LLM":
             threads=options.threads,
             backend=options.backend,
             kv_dtype=options.kv_dtype,
+            layout_cache=options.layout_cache,
             progress=progress,
         )
     show_terms_once(licence_of(resolve_model(model), llm.metadata))

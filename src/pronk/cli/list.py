@@ -15,6 +15,8 @@ _FEW = 3
 @json_option
 def list_(everything: bool, as_json: bool) -> None:
     """List the models on disk."""
+    from pronk.checkpoints import cache
+
     rows = _on_disk()
     if everything:
         rows += _others({row["name"] for row in rows})
@@ -25,8 +27,15 @@ def list_(everything: bool, as_json: bool) -> None:
                             *map(_cells, rows)]))  # fmt: skip
     else:
         note("no models on disk; `pronk pull smollm2-135m` fetches one")
-    if not (everything or as_json) and len(rows) < _FEW:
+    if as_json:
+        return
+    if not everything and len(rows) < _FEW:
         note("(`pronk list --all` shows what can be pulled)")
+    if kept := cache.folder_bytes(cache.layouts_folder()):
+        note(
+            f"(packed weights of --layout-cache: {human_bytes(kept)} in {cache.layouts_folder()};"
+            " they may be deleted)"
+        )
 
 
 def _on_disk() -> list[dict[str, Any]]:

@@ -1,33 +1,41 @@
 """Speed of a loaded model: how fast it reads a prompt and how fast it writes, each also as a
 fraction of what this machine could do at most.
 
-Both are measured through the engine, as a user meets them, sampling included. The bounds are
-simple on purpose: a step cannot be faster than reading its weights and its keys and values once
-from memory, nor than doing its multiply-accumulates at the machine's int8 rate.
+Both are measured through the engine, as a user meets them, sampling included. What a machine can do
+changes with what else runs on its host, so its limits are measured before and after each run.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
-from pronk.backends.protocol import BLOCK, KvDtype
+from pronk.backends.protocol import BLOCK, KvDtype, Ops
+from pronk.checkpoints.checkpoint import Checkpoint
 from pronk.checkpoints.open import open_checkpoint
 from pronk.core.config import ModelConfig
 from pronk.core.errors import MemoryLimitError, UserError
 from pronk.core.progress import Progress, silent
 from pronk.engine.blocks import blocks_for
+from pronk.engine.demand import Demand, Fraction, Limits, Work, demands, total
 from pronk.engine.engine import Engine, pending
-from pronk.engine.load import LoadOps, load_model, need_of, use_threads
+from pronk.engine.load import MERGED, LoadOps, load_model, need_of, use_threads
 from pronk.engine.memory import Need, free_memory
 from pronk.engine.request import Request, SamplingParams
 from pronk.engine.runner import Runner
 
 STEP_TOKENS = 512
 """Most rows of a step, as everywhere in the engine."""
+
+OPERATION = {"wqkv": "q, k, v", "wo": "attention output", "w_gate_up": "gate and up",
+             "w_down": "down", "output": "other linear"}  # fmt: skip
+"""What a backend's profile calls the product with each weight."""
+
+REST = "everything else"
+"""Embedding, sampling, and Python between the calls of the backend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,40 +56,118 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What the machine can do."""
+class Timing:
+    """How long it took until some requests had ended."""
 
-    bandwidth: float
-    """Bytes a second read from memory."""
-    int8: float
-    """Multiply-accumulates a second."""
-
-
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """What one token of a phase asks of the machine."""
-
-    nbytes: float
-    """Read from memory; weights are shared by the rows of a step."""
-    macs: float
-
-    def fraction(self, rate: float, limits: Limits) -> dict[str, float]:
-        """How much of the bandwidth and of the int8 rate `rate` tokens a second use."""
-        return {
-            "bandwidth": rate * self.nbytes / limits.bandwidth,
-            "int8": rate * self.macs / limits.int8,
-        }
+    seconds: float
+    steps: int
+    limits: Limits | None
+    """The mean of what was measured before and after; None where the backend cannot measure."""
+    spent: Mapping[str, float]
+    """Seconds by operation, where the backend tells."""
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
-    """Tokens a second, all sequences together, of each run."""
+class Run:
+    """One measured run of one phase."""
 
-    runs: tuple[float, ...]
+    tokens: int
+    timing: Timing
+    demands: Mapping[str, Demand]
+    """What was asked of the machine, by operation."""
 
     @property
-    def median(self) -> float:
-        return median(self.runs)
+    def rate(self) -> float:
+        """Tokens a second, all sequences together."""
+        return self.tokens / self.timing.seconds
+
+    @property
+    def demand(self) -> Demand:
+        return total(self.demands)
+
+    @property
+    def used(self) -> Fraction | None:
+        return self._fraction(self.demand, self.timing.seconds)
+
+    def used_in(self, operation: str) -> Fraction | None:
+        """None, too, for an operation whose demand is not known."""
+        demand, seconds = self.demands.get(operation), self.timing.spent.get(operation)
+        return self._fraction(demand, seconds) if demand and seconds else None
+
+    def _fraction(self, demand: Demand, seconds: float) -> Fraction | None:
+        limits = self.timing.limits
+        return demand.fraction(seconds, limits) if limits else None
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A line of a profile."""
+
+    name: str
+    seconds: float
+    """Of a step."""
+    share: float
+    """Of the time of a step, 1 being all."""
+    used: Fraction | None
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Measured runs of prefill or decode."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def rate(self) -> float:
+        """The median of the runs' tokens a second."""
+        return median(run.rate for run in self.runs)
+
+    @property
+    def used(self) -> Fraction | None:
+        """The medians of the runs' fractions: each run is compared with its own limits."""
+        return _medians([run.used for run in self.runs])
+
+    def profile(self) -> list[Operation]:
+        """The operations that took time, the longest first, and last what is none of them."""
+        timings = [run.timing for run in self.runs]
+        total, steps = sum(t.seconds for t in timings), sum(t.steps for t in timings)
+        spent = {name: sum(t.spent[name] for t in timings) for name in timings[0].spent}
+        ranked = sorted(((n, s) for n, s in spent.items() if s), key=lambda item: -item[1])
+        return [
+            Operation(name, seconds / steps, seconds / total, self._used_in(name))
+            for name, seconds in [*ranked, (REST, total - sum(spent.values()))]
+        ]
+
+    def _used_in(self, operation: str) -> Fraction | None:
+        return _medians([run.used_in(operation) for run in self.runs])
+
+
+def _medians(fractions: Sequence[Fraction | None]) -> Fraction | None:
+    known = [fraction for fraction in fractions if fraction]
+    if not known:
+        return None
+    return Fraction(median(f.bandwidth for f in known), median(f.int8 for f in known))
+
+
+class Meter:
+    """Measures the machine's limits with a backend's threads, where the backend can."""
+
+    BANDWIDTH_SECONDS, INT8_SECONDS = 0.2, 0.1
+
+    def __init__(self, ops: Ops, threads: int) -> None:
+        self._bandwidth = getattr(ops, "measure_bandwidth", None)
+        self._int8 = getattr(ops, "measure_int8", None)
+        self._threads = threads
+        self.nbytes = max(512 << 20, threads * (32 << 20)) if self._bandwidth else 0
+        """Memory that the backend keeps to read from; see csrc/limits.cpp."""
+
+    def read(self) -> Limits | None:
+        if self._bandwidth is None or self._int8 is None:
+            return None
+        return Limits(
+            self._bandwidth(self._threads, self.BANDWIDTH_SECONDS),
+            self._int8(self._threads, self.INT8_SECONDS),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +175,21 @@ class Subject:
     """A loaded model with a KV cache that holds a whole plan, so that nothing is preempted."""
 
     engine: Engine
+    ops: Ops
     config: ModelConfig
-    weight_bytes: int
-    """Of the linear weights, as the backend holds them."""
+    weights: Mapping[str, int]
+    """Bytes of the linear weights as the backend holds them, all layers together; the names are
+    those of OPERATION."""
     kv_bytes: float
     """Keys and values of one position."""
     threads: int
+    meter: Meter
+    by_operation: bool
+    """Whether the backend's profile tells the products with the weights apart."""
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.weights.values())
 
 
 def load_subject(
@@ -104,23 +199,28 @@ def load_subject(
     ops: LoadOps,
     threads: int | None,
     kv_dtype: KvDtype,
+    layout_cache: bool | None = None,
     progress: Progress = silent,
 ) -> Subject:
     """`threads` None: all that this process may use. Raises UserError where the plan does not fit
     the model's context, MemoryLimitError where it does not fit the memory."""
     with open_checkpoint(path) as checkpoint:
         config = checkpoint.config
-        if plan.context > config.context:
-            raise UserError(
-                f"bench: -d {plan.depth} with -p {plan.prompt} and -n {plan.generate} takes"
-                f" {plan.context} positions, the model's context is {config.context}"
-            )
-        n_blocks = plan.batch * blocks_for(plan.context)
+        _check_context(plan, config)
         budget = max(STEP_TOKENS, plan.batch)
         need = need_of(checkpoint, ops, token_budget=budget, max_batch=plan.batch)
-        _check_memory(need, plan, kv_dtype)
         threads = use_threads(ops, threads)
-        weights = load_model(checkpoint, ops, n_positions=plan.context, progress=progress)
+        meter = Meter(ops, threads)
+        _check_memory(need, plan, kv_dtype, meter)
+        sizes = _weight_bytes(checkpoint, ops)
+        weights = load_model(
+            checkpoint,
+            ops,
+            n_positions=plan.context,
+            layout_cache=layout_cache,
+            progress=progress,
+        )
+    n_blocks = plan.batch * blocks_for(plan.context)
     runner = Runner(
         ops, config, weights, n_blocks=n_blocks, n_tokens=config.vocab_size, threads=threads,
         kv_dtype=kv_dtype,
@@ -133,11 +233,22 @@ def load_subject(
         max_batch=plan.batch,
         token_budget=budget,
     )
-    return Subject(engine, config, need.weights, need.kv_bytes(1, kv_dtype) / BLOCK, threads)
+    kv_bytes = need.kv_bytes(1, kv_dtype) / BLOCK
+    fused = weights.stack is not None
+    return Subject(engine, ops, config, sizes, kv_bytes, threads, meter, fused)
 
 
-def _check_memory(need: Need, plan: Plan, kv_dtype: KvDtype) -> None:
+def _check_context(plan: Plan, config: ModelConfig) -> None:
+    if plan.context > config.context:
+        raise UserError(
+            f"bench: -d {plan.depth} with -p {plan.prompt} and -n {plan.generate} takes"
+            f" {plan.context} positions, the model's context is {config.context}"
+        )
+
+
+def _check_memory(need: Need, plan: Plan, kv_dtype: KvDtype, meter: Meter) -> None:
     total = need.total(plan.context, plan.batch * blocks_for(plan.context), kv_dtype)
+    total += meter.nbytes
     free = free_memory()
     if free is not None and total > free:
         raise MemoryLimitError(
@@ -146,74 +257,116 @@ def _check_memory(need: Need, plan: Plan, kv_dtype: KvDtype) -> None:
         )
 
 
-def measure_prefill(subject: Subject, plan: Plan, *, progress: Progress = silent) -> Speed:
+def _weight_bytes(checkpoint: Checkpoint, ops: LoadOps) -> dict[str, int]:
+    def packed(name: str) -> int:
+        return ops.packed_bytes(checkpoint.kind(name), *checkpoint.shape(name))
+
+    layers = range(checkpoint.config.n_layers)
+    sizes = {
+        name: sum(packed(f"layers.{i}.{part}") for i in layers for part in parts)
+        for name, parts in MERGED.items()
+    }
+    return sizes | {"output": packed("embed" if checkpoint.config.tied_embeddings else "output")}
+
+
+def check_profile(ops: Ops) -> None:
+    """Raises UserError for a backend that does not tell where its time goes."""
+    if not hasattr(ops, "take_profile"):
+        raise UserError(
+            f"--profile: the backend {ops.name!r} does not tell where its time goes; use 'cpu'"
+        )
+
+
+def measure_prefill(subject: Subject, plan: Plan, *, progress: Progress = silent) -> Phase:
     """Speed of reading `prompt` tokens, to the first token of the answer."""
-    engine, config, rates = subject.engine, subject.config, []
-    for run in range(plan.repeat + 1):  # the first, unmeasured one warms caches and clocks up
-        progress(run, plan.repeat + 1, "measuring prefill")
-        starts = [_random_ids(config, plan.depth, (run, i)) for i in range(plan.batch)]
-        if plan.depth >= BLOCK:
-            engine.run([Request(ids, None) for ids in starts])  # leaves its blocks in the cache
-        requests = [
-            Request(ids + _random_ids(config, plan.prompt, (run, i, 1)), _greedy(1))
-            for i, ids in enumerate(starts)
-        ]
-        began = time.perf_counter()
-        engine.run(requests)
-        seconds = time.perf_counter() - began
-        rates.append(sum(r.n_prompt - (r.cached or 0) for r in requests) / seconds)
-    progress(plan.repeat + 1, plan.repeat + 1, "measuring prefill")
-    return Speed(tuple(rates[1:]))
+    return _measure(prefill_run, "prefill", subject, plan, progress)
 
 
-def measure_decode(subject: Subject, plan: Plan, *, progress: Progress = silent) -> Speed:
+def measure_decode(subject: Subject, plan: Plan, *, progress: Progress = silent) -> Phase:
     """Speed of writing `generate` tokens after the first one."""
-    engine, config, rates = subject.engine, subject.config, []
-    params = _greedy(plan.generate + 1)
-    for run in range(plan.repeat + 1):
-        progress(run, plan.repeat + 1, "measuring decode")
-        requests = [
-            Request(_random_ids(config, max(plan.depth, 1), (run, i, 2)), params)
-            for i in range(plan.batch)
-        ]
-        for request in requests:
-            engine.add(request)
-        while pending(requests) and not all(request.n_output for request in requests):
-            engine.step()
-        before = sum(request.n_output for request in requests)
-        began = time.perf_counter()
-        while pending(requests):
-            engine.step()
-        seconds = time.perf_counter() - began
-        rates.append((sum(request.n_output for request in requests) - before) / seconds)
-    progress(plan.repeat + 1, plan.repeat + 1, "measuring decode")
-    return Speed(tuple(rates[1:]))
+    return _measure(decode_run, "decode", subject, plan, progress)
 
 
-def prefill_demand(subject: Subject, plan: Plan) -> Demand:
-    """The weights are read once a step; of keys and values a perfect kernel reads each position
-    once a step, too."""
-    config, rows = subject.config, plan.prompt * plan.batch
-    steps = -(-rows // STEP_TOKENS)
+def _measure(
+    run: Callable[[Subject, Plan, int], Run],
+    phase: str,
+    subject: Subject,
+    plan: Plan,
+    progress: Progress,
+) -> Phase:
+    runs = []
+    for n in range(plan.repeat + 1):  # the first, unmeasured one warms caches and clocks up
+        progress(n, plan.repeat + 1, f"measuring {phase}")
+        runs.append(run(subject, plan, n))
+    progress(plan.repeat + 1, plan.repeat + 1, f"measuring {phase}")
+    return Phase(tuple(runs[1:]))
+
+
+def prefill_run(subject: Subject, plan: Plan, n: int) -> Run:
+    """Reads a prompt that no run with another `n` reads. What comes before it in the context is the
+    same for all runs, and computed by the first."""
+    starts = [_random_ids(subject.config, plan.depth, (i,)) for i in range(plan.batch)]
+    if plan.depth >= BLOCK:  # leaves its blocks in the cache
+        subject.engine.run([Request(ids, None) for ids in starts])
+    requests = [
+        Request(ids + _random_ids(subject.config, plan.prompt, (i, n, 1)), _greedy(1))
+        for i, ids in enumerate(starts)
+    ]
+    for request in requests:
+        subject.engine.add(request)
+    timing = _timed(subject, requests)
+    tokens = sum(r.n_prompt - (r.cached or 0) for r in requests)
     context = plan.depth + plan.prompt / 2
-    kv = steps * plan.batch * context * subject.kv_bytes
-    head = config.dim * config.vocab_size / plan.prompt  # logits of the last row only
-    return Demand((steps * subject.weight_bytes + kv) / rows, _layer_macs(config, context) + head)
+    work = Work(tokens, timing.steps, plan.batch, context, answered=plan.batch)
+    return Run(tokens, timing, _demands(subject, work))
 
 
-def decode_demand(subject: Subject, plan: Plan) -> Demand:
-    """A step writes one token for each of the `batch` sequences, which share the weights."""
-    config, context = subject.config, max(plan.depth, 1) + plan.generate / 2
-    nbytes = subject.weight_bytes / plan.batch + context * subject.kv_bytes
-    return Demand(nbytes, _layer_macs(config, context) + config.dim * config.vocab_size)
+def decode_run(subject: Subject, plan: Plan, n: int = 0) -> Run:
+    """Writes after a context that is the same for all runs, whatever `n`."""
+    params = _greedy(plan.generate + 1)
+    requests = [
+        Request(_random_ids(subject.config, max(plan.depth, 1), (i,)), params)
+        for i in range(plan.batch)
+    ]
+    for request in requests:
+        subject.engine.add(request)
+    while pending(requests) and not all(request.n_output for request in requests):
+        subject.engine.step()
+    before = sum(r.n_output for r in requests)
+    timing = _timed(subject, requests)
+    tokens = sum(r.n_output for r in requests) - before
+    context = max(plan.depth, 1) + plan.generate / 2
+    work = Work(tokens, timing.steps, plan.batch, context, answered=tokens)
+    return Run(tokens, timing, _demands(subject, work))
 
 
-def _layer_macs(config: ModelConfig, context: float) -> float:
-    """Multiply-accumulates of one token in all layers, attending to `context` positions."""
-    width = config.n_heads * config.head_dim
-    kv_width = config.n_kv_heads * config.head_dim
-    linear = config.dim * (2 * width + 2 * kv_width) + 3 * config.dim * config.ffn_dim
-    return config.n_layers * (linear + 2 * context * width)
+def _timed(subject: Subject, requests: Sequence[Request]) -> Timing:
+    """Steps until all requests have ended."""
+    take_profile = getattr(subject.ops, "take_profile", dict)
+    before = subject.meter.read()
+    take_profile()  # what came before is none of this
+    steps, began = 0, time.perf_counter()
+    while pending(requests):
+        subject.engine.step()
+        steps += 1
+    seconds = time.perf_counter() - began
+    spent: dict[str, float] = take_profile()
+    return Timing(seconds, steps, _mean(before, subject.meter.read()), spent)
+
+
+def _mean(before: Limits | None, after: Limits | None) -> Limits | None:
+    if before is None or after is None:
+        return None
+    return Limits((before.bandwidth + after.bandwidth) / 2, (before.int8 + after.int8) / 2)
+
+
+def _demands(subject: Subject, work: Work) -> dict[str, Demand]:
+    """By the names of the backend's profile."""
+    parts = demands(subject.config, subject.weights, subject.kv_bytes, work)
+    attention = {"attention": parts.pop("attention")}
+    if not subject.by_operation:
+        return {"other linear": total(parts)} | attention
+    return {OPERATION[name]: demand for name, demand in parts.items()} | attention
 
 
 def _greedy(n: int) -> SamplingParams:
@@ -221,5 +374,6 @@ def _greedy(n: int) -> SamplingParams:
 
 
 def _random_ids(config: ModelConfig, n: int, seed: Sequence[int]) -> list[int]:
-    """Ids that no other run has: a stored prefix would make the measurement a lie."""
+    """The same ids for the same seed. What is measured must have one that no other run has: a
+    stored prefix would make the measurement a lie."""
     return list(map(int, np.random.default_rng(seed).integers(0, config.vocab_size, n)))

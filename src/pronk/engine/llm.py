@@ -76,8 +76,10 @@ class LLM:
     its answer together; without it the model's own, at most 8192, or what there is memory for.
     `threads` None: all that this process may use. `max_batch` requests at most share a step, which
     computes at most `token_budget` tokens; neither changes an answer, nor does `prefix_cache`,
-    which keeps what has been computed for prompts that begin alike. Raises UserError, and
-    MemoryLimitError before anything is loaded that does not fit.
+    which keeps what has been computed for prompts that begin alike. `layout_cache` keeps the packed
+    weights on disk, as much again as the model, so that the next start takes a moment (None: if
+    the environment variable PRONK_LAYOUT_CACHE is 1). Raises UserError, and MemoryLimitError before
+    anything is loaded that does not fit.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class LLM:
         max_batch: int = 8,
         token_budget: int = 512,
         prefix_cache: bool = True,
+        layout_cache: bool | None = None,
         progress: Progress = silent,
     ) -> None:
         _check_whole("max_batch", max_batch, 1, 4096)
@@ -114,7 +117,7 @@ class LLM:
             self._recommended = recommended_sampling(self._checkpoint)
             self.threads = use_threads(ops, threads)
             self._engine: Engine | None = Engine(
-                self._runner(ops, n_blocks, kv_dtype, progress),
+                self._runner(ops, n_blocks, kv_dtype, layout_cache, progress),
                 vocab_size=self.tokenizer.vocab_size,
                 context=self.context,
                 n_blocks=n_blocks,
@@ -126,9 +129,22 @@ class LLM:
             self._checkpoint.close()
             raise
 
-    def _runner(self, ops: Any, n_blocks: int, kv_dtype: KvDtype, progress: Progress) -> Runner:
+    def _runner(
+        self,
+        ops: Any,
+        n_blocks: int,
+        kv_dtype: KvDtype,
+        layout_cache: bool | None,
+        progress: Progress,
+    ) -> Runner:
         """The model with its weights in memory."""
-        weights = load_model(self._checkpoint, ops, n_positions=self.context, progress=progress)
+        weights = load_model(
+            self._checkpoint,
+            ops,
+            n_positions=self.context,
+            layout_cache=layout_cache,
+            progress=progress,
+        )
         return Runner(
             ops,
             self.config,

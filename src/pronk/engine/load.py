@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pronk.backends.protocol import KvDtype, Ops, RawTensor
 from pronk.checkpoints.checkpoint import Checkpoint
+from pronk.checkpoints.layouts import LayoutCache
 from pronk.checkpoints.mapped import read_json
 from pronk.core.config import ModelConfig
-from pronk.core.errors import CheckpointError
+from pronk.core.errors import CheckpointError, UserError
 from pronk.core.progress import Progress, silent
 from pronk.engine.memory import Need
 from pronk.model.llama import LayerWeights, LlamaWeights
@@ -40,16 +41,25 @@ MERGED = {"wqkv": ("wq", "wk", "wv"), "wo": ("wo",), "w_gate_up": ("w_gate", "w_
 
 class _Loader:
     """Hands tensors to a backend one after another, and their file pages back to the system, so
-    that no more than one weight is in memory twice."""
+    that no more than one weight is in memory twice. Weights that lie packed on the disk come from
+    there."""
 
-    def __init__(self, checkpoint: Checkpoint, ops: Ops, progress: Progress) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, ops: Ops, packed: LayoutCache | None, progress: Progress
+    ) -> None:
         self._checkpoint, self._ops, self._progress = checkpoint, ops, progress
+        self._packed = packed
         self._done = 0
 
     def weight(self, *names: str) -> Any:
+        if self._packed and (weight := self._packed.get(names)) is not None:
+            self._tell(sum(self._checkpoint.stored_bytes(name) for name in names))
+            return weight
         tensors = [self._checkpoint.get(name) for name in names]
         weight = self._ops.make_weight(tensors)
         self._book(tensors)
+        if self._packed:
+            self._packed.add(names, weight)
         return weight
 
     def table(self, name: str) -> Any:
@@ -71,9 +81,14 @@ class _Loader:
         return LayerWeights(**linear, **norms)
 
     def _book(self, tensors: Iterable[RawTensor]) -> None:
+        nbytes = 0
         for tensor in tensors:
-            self._done += tensor.data.nbytes
+            nbytes += tensor.data.nbytes
             tensor.release()
+        self._tell(nbytes)
+
+    def _tell(self, nbytes: int) -> None:
+        self._done += nbytes
         self._progress(min(self._done, self._checkpoint.nbytes), self._checkpoint.nbytes, "loading")
 
 
@@ -83,15 +98,20 @@ def load_model(
     *,
     n_positions: int,
     fused: bool | None = None,
+    layout_cache: bool | None = None,
     progress: Progress = silent,
 ) -> LlamaWeights:
     """All weights of a checkpoint as handles of a backend, and rotary angles of `n_positions`.
 
     `fused`: whether the layers run as the one call that some backends have; None: where there is
-    one, unless the environment variable PRONK_FUSED is 0. Progress is in bytes of the
-    checkpoint."""
+    one, unless the environment variable PRONK_FUSED is 0. `layout_cache`: whether packed weights
+    are kept on disk and mapped by later starts; None: if PRONK_LAYOUT_CACHE is 1. Progress is in
+    bytes of the checkpoint."""
     config = checkpoint.config
-    loader = _Loader(checkpoint, ops, progress)
+    if layout_cache is None:
+        layout_cache = os.environ.get("PRONK_LAYOUT_CACHE") == "1"
+    packed = _layout_cache(checkpoint, ops, progress) if layout_cache else None
+    loader = _Loader(checkpoint, ops, packed, progress)
     weights = LlamaWeights(
         embed=loader.table("embed"),
         layers=[loader.layer(i) for i in range(config.n_layers)],
@@ -106,7 +126,17 @@ def load_model(
         stack = make_stack(config, weights.layers, weights.norm, weights.cos_sin)
         weights = replace(weights, stack=stack)
     progress(checkpoint.nbytes, checkpoint.nbytes, "loading")
+    if packed:
+        packed.save(progress)
     return weights
+
+
+def _layout_cache(checkpoint: Checkpoint, ops: Ops, progress: Progress) -> LayoutCache | None:
+    try:
+        return LayoutCache(checkpoint, ops)
+    except UserError as error:
+        progress(0, 0, f"no layout cache: {error}")
+        return None
 
 
 def weight_bytes(checkpoint: Checkpoint, ops: LoadOps) -> int:
