@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <deque>
 #include <fstream>
 #include <limits>
 #include <mutex>
@@ -30,6 +31,20 @@ struct alignas(64) Line {
     std::atomic<uint64_t> value{0};
 };
 
+using Clock = std::chrono::steady_clock;
+
+// A thread that another process keeps from its core is left out for a while: what it holds when it is
+// taken away stops everybody until it is back, some milliseconds later. The longer this goes on, the
+// longer it stays out.
+constexpr auto kStall = std::chrono::microseconds(300);
+constexpr auto kShortestRest = std::chrono::milliseconds(10), kLongestRest = std::chrono::milliseconds(160);
+
+struct alignas(64) Worker {
+    std::atomic<bool> busy{false}, resting{false};
+    std::chrono::milliseconds rest = kShortestRest;  // the next one; the caller's
+    Clock::time_point back;                          // end of the last one; the caller's, then the worker's
+};
+
 // The region at work is one word, `tasks << 32 | next`. A claim is a fetch_add on it and is valid
 // while next < tasks; whoever holds a valid claim keeps the caller waiting, so fn and context stay
 // true. A late thread finds next >= tasks and touches nothing.
@@ -49,7 +64,7 @@ class Pool {
             return;
         }
         std::lock_guard lock(region_);
-        while (workers_ < threads() - 1) start(++workers_);
+        while (int(workers_.size()) < threads() - 1) start();
         fn_ = fn;
         context_ = context;
         done_.value.store(0, std::memory_order_relaxed);
@@ -58,12 +73,33 @@ class Pool {
             wake_.fetch_add(1, std::memory_order_seq_cst);
             wake_.notify_all();
         }
-        while (run_one()) {
-        }
-        while (done_.value.load(std::memory_order_acquire) != uint64_t(n)) relax();
+        const auto began = Clock::now();
+        int64_t mine = 0;
+        while (run_one()) ++mine;
+        wait_for_all(uint64_t(n), mine ? (Clock::now() - began) / mine : Clock::duration::zero());
     }
 
   private:
+    // `usual`: how long a task takes this thread, 0 if it had none.
+    void wait_for_all(uint64_t n, Clock::duration usual) {
+        const auto began = Clock::now();
+        for (bool watch = usual.count() > 0; done_.value.load(std::memory_order_acquire) != n;) {
+            for (int i = 0; i < 64 && done_.value.load(std::memory_order_acquire) != n; ++i) relax();
+            if (!watch || Clock::now() - began < 3 * usual + kStall) continue;
+            watch = false;
+            for (Worker& w : workers_) send_to_rest(w);
+        }
+    }
+
+    void send_to_rest(Worker& w) {
+        if (!w.busy.load(std::memory_order_acquire) || w.resting.load(std::memory_order_acquire)) return;
+        const auto now = Clock::now();
+        // stalled again soon after it came back: its core is still taken
+        w.rest = now - w.back < 4 * kShortestRest ? std::min(2 * w.rest, kLongestRest) : kShortestRest;
+        w.back = now + w.rest;
+        w.resting.store(true, std::memory_order_release);
+    }
+
     static bool open(uint64_t claim) { return uint32_t(claim) < claim >> 32; }
 
     bool run_one() {
@@ -76,17 +112,24 @@ class Pool {
         return true;
     }
 
-    void work(int index) {
+    void work(int index, Worker& me) {
         for (;;) {
-            if (index < threads() && run_one()) continue;
-            const auto until = std::chrono::steady_clock::now() + kSpin;
+            if (me.resting.load(std::memory_order_acquire)) {
+                std::this_thread::sleep_until(me.back);
+                me.resting.store(false, std::memory_order_release);
+            }
+            me.busy.store(true, std::memory_order_release);
+            const bool ran = index < threads() && run_one();
+            me.busy.store(false, std::memory_order_release);
+            if (ran) continue;
+            const auto until = Clock::now() + kSpin;
             bool found = false;
             do {
                 for (int i = 0; i < 32 && !found; ++i) {
                     found = index < threads() && open(claim_.value.load(std::memory_order_acquire));
                     if (!found) relax();
                 }
-            } while (!found && std::chrono::steady_clock::now() < until);
+            } while (!found && Clock::now() < until);
             if (!found) sleep(index);
         }
     }
@@ -99,8 +142,10 @@ class Pool {
         sleepers_.fetch_sub(1, std::memory_order_seq_cst);
     }
 
-    void start(int index) {
-        std::thread thread([this, index] { work(index); });
+    void start() {
+        Worker& worker = workers_.emplace_back();
+        const int index = int(workers_.size());
+        std::thread thread([this, index, &worker] { work(index, worker); });
         pin(thread, index);
         thread.detach();
     }
@@ -124,7 +169,7 @@ class Pool {
     std::atomic<int> sleepers_{0};
     std::atomic<int> active_{1};
     std::mutex region_;
-    int workers_ = 0;  // started so far; the caller is thread 0 and not among them
+    std::deque<Worker> workers_;  // started so far, from thread 1 on: the caller is thread 0
 };
 
 // Processors' worth of time that a container's control group grants; without a limit, very many.
