@@ -40,12 +40,12 @@ std::vector<Tile> list_tiles(const KvLayer& kv, const BatchView& batch, int64_t 
 int64_t partial_size(const KvLayer& kv, int64_t n) { return n * (2 + kv.padded_dim); }
 Partial partial_at(float* memory, int64_t n) { return {memory, memory + n, memory + 2 * n}; }
 
-// Working memory of one thread: scaled queries and two partial sums.
+// Working memory of one thread: queries and two partial sums.
 struct Scratch {
     std::vector<float> q, total, part;
 
     void reserve(const KvLayer& kv) {
-        q.resize(kTileVectors * kv.head_dim);
+        q.resize(kTileVectors * kv.padded_dim);
         total.resize(partial_size(kv, kTileVectors));
         part.resize(partial_size(kv, kTileVectors));
     }
@@ -57,13 +57,13 @@ Scratch& thread_scratch(const KvLayer& kv) {
     return scratch;
 }
 
-QueryTile load_tile(const KvLayer& kv, const BatchView& batch, const Tile& tile, RowsView q, float* scaled) {
+QueryTile load_tile(const KvLayer& kv, const BatchView& batch, const Tile& tile, RowsView q, float* loaded) {
     const float scale = 1.0f / std::sqrt(float(kv.head_dim));
-    for (int64_t r = 0; r < tile.rows; ++r) {
-        const float* from = q.data + (tile.row + r) * q.stride + tile.head * kv.head_dim;
-        for (int64_t i = 0; i < tile.group * kv.head_dim; ++i) scaled[r * tile.group * kv.head_dim + i] = from[i] * scale;
-    }
-    return {scaled, tile.rows, tile.group, tile.kv_head, batch.positions[tile.row], batch.lengths[tile.seq],
+    for (int64_t r = 0; r < tile.rows; ++r)
+        for (int64_t h = 0; h < tile.group; ++h)
+            kernels().load_query(kv, q.data + (tile.row + r) * q.stride + (tile.head + h) * kv.head_dim, scale,
+                                 loaded + (r * tile.group + h) * kv.padded_dim);
+    return {loaded, tile.rows, tile.group, tile.kv_head, batch.positions[tile.row], batch.lengths[tile.seq],
             batch.blocks + tile.seq * batch.table_width};
 }
 

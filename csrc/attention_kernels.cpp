@@ -3,10 +3,16 @@
 // A tile holds the query vectors of a few rows and of all query heads that share the head, so each
 // key and value is read and converted once for all of them. Every number of a query vector is
 // computed by itself, block after block: it does not depend on its companions in the tile.
-#include "kernels.h"
-#include "simd.h"
+#include "softmax.h"
 
 namespace pronk::PRONK_ISA {
+
+// attention_int8.cpp
+void load_query_int8(const KvLayer&, const float*, float, float*);
+void attend_int8(const KvLayer&, const QueryTile&, int64_t, int64_t, const Partial&);
+void store_key_int8(const KvLayer&, int64_t, int64_t, int64_t, const float*);
+void store_value_int8(const KvLayer&, int64_t, int64_t, int64_t, const float*);
+
 namespace {
 
 // Register tiles: query vectors by vectors of positions, query vectors by vectors of a head.
@@ -17,9 +23,12 @@ constexpr int kScoreRows = 6, kScoreVectors = 2, kValueRows = 3, kValueVectors =
 #else
 constexpr int kScoreRows = 2, kScoreVectors = 4, kValueRows = 2, kValueVectors = 4;
 #endif
-constexpr int kRun = 4 * kKvBlock;  // positions whose scores are turned into weights together
-static_assert(kKvPartition % 4 == 0);
-constexpr float kNegInf = -__builtin_inff();
+
+// The largest number instead of infinity: a masked position's weight is 0, and 0 * infinity is not.
+PRONK_INLINE vf clamp(vf x, float largest) {
+    x = x > largest ? splat(largest) : x;
+    return x < -largest ? splat(-largest) : x;
+}
 
 template <KvType T>
 struct Stored;
@@ -27,13 +36,10 @@ template <>
 struct Stored<KvType::F32> {
     using type = float;
     static PRONK_INLINE vf read(const float* p) { return load_f32(p); }
-    static void write(const float* x, int64_t n, float* to) { std::memcpy(to, x, n * sizeof(float)); }
+    static void write(const float* x, int64_t n, float* to) {
+        for (int64_t d = 0; d < n; ++d) to[d] = clamp(splat(x[d]), 3.4028235e38f)[0];
+    }
 };
-// The largest float16 instead of infinity: a masked position's weight is 0, and 0 * infinity is not.
-PRONK_INLINE vf clamp_f16(vf x) {
-    x = x > 65504.0f ? splat(65504.0f) : x;
-    return x < -65504.0f ? splat(-65504.0f) : x;
-}
 
 template <>
 struct Stored<KvType::F16> {
@@ -41,16 +47,10 @@ struct Stored<KvType::F16> {
     static PRONK_INLINE vf read(const uint16_t* p) { return load_f16(p); }
     static void write(const float* x, int64_t n, uint16_t* to) {
         int64_t d = 0;
-        for (; d + W <= n; d += W) store_f16(to + d, clamp_f16(load_f32(x + d)));
-        for (; d < n; ++d) to[d] = f32_to_f16(clamp_f16(splat(x[d]))[0]);
+        for (; d + W <= n; d += W) store_f16(to + d, clamp(load_f32(x + d), 65504.0f));
+        for (; d < n; ++d) to[d] = f32_to_f16(clamp(splat(x[d]), 65504.0f)[0]);
     }
 };
-template <>
-struct Stored<KvType::I8> {
-    using type = int8_t;
-    static PRONK_INLINE vf read(const int8_t* p) { return load_i8(p); }
-};
-
 template <KvType T>
 using stored_t = typename Stored<T>::type;
 
@@ -63,9 +63,9 @@ PRONK_INLINE const stored_t<T>* values_of(const KvLayer& kv, int64_t block, int6
     return reinterpret_cast<const stored_t<T>*>(kv.v) + (block * kv.heads + g) * kv.padded_dim * kKvBlock;
 }
 
-// scores [MQ][kRun] = q [MQ][D] times NV vectors of keys [D][32]
+// scores [MQ][kRun] = q [MQ][stride] times NV vectors of keys [D][32]
 template <KvType T, int MQ, int NV>
-PRONK_INLINE void score_tile(const float* q, const stored_t<T>* keys, int64_t dim, float* scores) {
+PRONK_INLINE void score_tile(const float* q, int64_t stride, const stored_t<T>* keys, int64_t dim, float* scores) {
     vf sum[MQ][NV] = {};
     for (int64_t d = 0; d < dim; ++d) {
         vf key[NV];
@@ -74,7 +74,7 @@ PRONK_INLINE void score_tile(const float* q, const stored_t<T>* keys, int64_t di
 #pragma GCC unroll 16
         for (int m = 0; m < MQ; ++m)
 #pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) sum[m][v] = fma(key[v], splat(q[m * dim + d]), sum[m][v]);
+            for (int v = 0; v < NV; ++v) sum[m][v] = fma(key[v], splat(q[m * stride + d]), sum[m][v]);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < MQ; ++m)
@@ -82,39 +82,10 @@ PRONK_INLINE void score_tile(const float* q, const stored_t<T>* keys, int64_t di
         for (int v = 0; v < NV; ++v) store(scores + m * kRun + v * W, sum[m][v]);
 }
 
-// Calls tile(integral constant of the number of rows, first row) for rows from..n-1, MAX at a time.
-template <int N>
-struct Count {
-    static constexpr int value = N;
-};
-template <int LEFT, class Tile>
-PRONK_INLINE void last_tile(int64_t rows, int64_t at, const Tile& tile) {
-    if (rows == LEFT) return tile(Count<LEFT>{}, at);
-    if constexpr (LEFT > 1) last_tile<LEFT - 1>(rows, at, tile);
-}
-template <int MAX, class Tile>
-PRONK_INLINE void for_tiles(int64_t from, int64_t n, const Tile& tile) {
-    for (; from + MAX <= n; from += MAX) tile(Count<MAX>{}, from);
-    if constexpr (MAX > 1) {
-        if (from < n) last_tile<MAX - 1>(n - from, from, tile);
-    }
-}
-
 // Turns `width` scores of one vector into weights: those past `visible` positions become 0. Returns
 // the factor by which sums so far shrink, and updates largest and sum.
 PRONK_INLINE float soften(float* scores, int64_t width, int64_t visible, float& largest, float& sum) {
-    vf top = splat(kNegInf);
-    vi lane;
-    for (int i = 0; i < W; ++i) lane[i] = i;
-    for (int64_t i = 0; i < width; i += W) {
-        vf s = load_f32(scores + i);
-        if (visible < i + W) {
-            s = lane + int32_t(i) < int32_t(visible) ? s : splat(kNegInf);
-            store(scores + i, s);
-        }
-        top = max(top, s);
-    }
-    const float peak = max_lanes(top);
+    const float peak = mask_and_peak(scores, width, visible);
     const float next = peak > largest ? peak : largest;
     const vf shift = splat(next);
     vf total{};
@@ -123,10 +94,7 @@ PRONK_INLINE float soften(float* scores, int64_t width, int64_t visible, float& 
         total += weight;
         store(scores + i, weight);
     }
-    const float shrink = exp(splat(largest - next))[0];
-    sum = sum * shrink + sum_lanes(total);
-    largest = next;
-    return shrink;
+    return add_weights(sum_lanes(total), next, largest, sum);
 }
 
 // values_sum [MQ][Dp] = values_sum * shrink + weights [MQ][kRun] times the values [n] of up to four
@@ -175,18 +143,9 @@ void score_block(const KvLayer& kv, const QueryTile& tile, int64_t block, int64_
     const auto* keys = keys_of<T>(kv, block, tile.head);
     for_tiles<kScoreRows>(from, n, [&](auto rows, int64_t i) {
         for (int v = 0; v < kKvBlock / W; v += kScoreVectors)
-            score_tile<T, decltype(rows)::value, kScoreVectors>(tile.q + i * dim, keys + v * W, dim,
+            score_tile<T, decltype(rows)::value, kScoreVectors>(tile.q + i * kv.padded_dim, kv.padded_dim, keys + v * W, dim,
                                                                scores + i * kRun + at + v * W);
     });
-}
-
-// Multiplies columns at.. of the rows from..n-1 of scores [n][kRun] by the scales of a block.
-void scale_block(const float* scale, int64_t from, int64_t n, int64_t at, float* scores) {
-    for (int64_t i = from; i < n; ++i)
-        for (int64_t v = 0; v < kKvBlock; v += W) {
-            float* p = scores + i * kRun + at + v;
-            store(p, load_f32(p) * load_f32(scale + v));
-        }
 }
 
 // Adds a run of key/value blocks first..last-1 (four at most) to the sums of vectors from..n-1.
@@ -195,21 +154,15 @@ void attend_run(const KvLayer& kv, const QueryTile& tile, int64_t first, int64_t
     const int64_t n = tile.rows * tile.group, padded = kv.padded_dim, start = first * kKvBlock;
     alignas(64) float scores[kTileVectors * kRun];
     float shrink[kTileVectors];
-    const stored_t<T>* values[kRun / kKvBlock];
-    const auto scales_at = [&](int64_t b) { return (tile.blocks[b] * kv.heads + tile.head) * kKvBlock; };
+    const stored_t<T>* values[kRunBlocks];
     for (int64_t b = first; b < last; ++b) {
-        const int64_t at = (b - first) * kKvBlock;
-        score_block<T>(kv, tile, tile.blocks[b], from, at, scores);
-        if constexpr (T == KvType::I8) scale_block(kv.k_scale + scales_at(b), from, n, at, scores);
+        score_block<T>(kv, tile, tile.blocks[b], from, (b - first) * kKvBlock, scores);
         values[b - first] = values_of<T>(kv, tile.blocks[b], tile.head);
     }
     for (int64_t i = from; i < n; ++i) {
         const int64_t visible = tile.first_position + i / tile.group + 1 - start;
         shrink[i] = soften(scores + i * kRun, (last - first) * kKvBlock, visible, out.largest[i], out.sum[i]);
     }
-    if constexpr (T == KvType::I8)
-        for (int64_t b = first; b < last; ++b)
-            scale_block(kv.v_scale + scales_at(b), from, n, (b - first) * kKvBlock, scores);
     // positions past the context hold whatever an earlier owner left; their weight is 0, but
     // 0 * infinity is not, so they are not read
     const int64_t used = tile.length - start < kRun ? tile.length - start : kRun;
@@ -221,19 +174,8 @@ void attend_run(const KvLayer& kv, const QueryTile& tile, int64_t first, int64_t
 
 template <KvType T>
 void attend_partition(const KvLayer& kv, const QueryTile& tile, int64_t first, int64_t last, const Partial& out) {
-    const int64_t n = tile.rows * tile.group;
-    for (int64_t i = 0; i < n; ++i) {
-        out.largest[i] = kNegInf;
-        out.sum[i] = 0;
-    }
-    for (int64_t i = 0; i < n * kv.padded_dim; ++i) out.values[i] = 0;
-    constexpr int64_t kBlocks = kRun / kKvBlock;
-    for (int64_t b = first; b < last; b += kBlocks) {
-        // rows before the run's first position see nothing of it
-        const int64_t hidden = b * kKvBlock - tile.first_position;
-        const int64_t from = hidden > 0 ? hidden * tile.group : 0;
-        if (from < n) attend_run<T>(kv, tile, b, b + kBlocks < last ? b + kBlocks : last, from, out);
-    }
+    clear(out, tile.rows * tile.group, kv.padded_dim);
+    for_runs(tile, first, last, [&](int64_t b, int64_t end, int64_t from) { attend_run<T>(kv, tile, b, end, from, out); });
 }
 
 template <KvType T>
@@ -251,25 +193,18 @@ void store_float_value(const KvLayer& kv, int64_t block, int64_t g, int64_t at, 
     for (int64_t d = kv.head_dim; d < kv.padded_dim; ++d) to[d] = 0;
 }
 
-// int8 code of each of n floats at `to[i * step]`; returns the scale (largest magnitude / 127)
-float store_codes(const float* x, int64_t n, int8_t* to, int64_t step) {
-    float padded[kMaxHeadDim] = {};
-    std::memcpy(padded, x, n * sizeof(float));
-    const Rounding rounding = rounding_of(peak_of(padded, (n + W - 1) / W * W), 127.0f);
-    for (int64_t i = 0; i < n; i += W) {
-        const vi q = round_to_int(padded + i, rounding);
-        for (int lane = 0; lane < W && i + lane < n; ++lane) to[(i + lane) * step] = int8_t(q[lane]);
-    }
-    return rounding.scale;
-}
-
 }  // namespace
+
+void load_query(const KvLayer& kv, const float* x, float scale, float* q) {
+    if (kv.type == KvType::I8) return load_query_int8(kv, x, scale, q);
+    for (int64_t d = 0; d < kv.padded_dim; ++d) q[d] = d < kv.head_dim ? x[d] * scale : 0.0f;
+}
 
 void attend(const KvLayer& kv, const QueryTile& tile, int64_t first, int64_t last, const Partial& out) {
     switch (kv.type) {
         case KvType::F32: return attend_partition<KvType::F32>(kv, tile, first, last, out);
         case KvType::F16: return attend_partition<KvType::F16>(kv, tile, first, last, out);
-        case KvType::I8: return attend_partition<KvType::I8>(kv, tile, first, last, out);
+        case KvType::I8: return attend_int8(kv, tile, first, last, out);
     }
 }
 
@@ -291,9 +226,7 @@ void store_key(const KvLayer& kv, int64_t block, int64_t g, int64_t at, const fl
     switch (kv.type) {
         case KvType::F32: return store_float_key<KvType::F32>(kv, block, g, at, x);
         case KvType::F16: return store_float_key<KvType::F16>(kv, block, g, at, x);
-        case KvType::I8:
-            kv.k_scale[(block * kv.heads + g) * kKvBlock + at] = store_codes(
-                x, kv.head_dim, const_cast<int8_t*>(keys_of<KvType::I8>(kv, block, g)) + at, kKvBlock);
+        case KvType::I8: return store_key_int8(kv, block, g, at, x);
     }
 }
 
@@ -301,9 +234,7 @@ void store_value(const KvLayer& kv, int64_t block, int64_t g, int64_t at, const 
     switch (kv.type) {
         case KvType::F32: return store_float_value<KvType::F32>(kv, block, g, at, x);
         case KvType::F16: return store_float_value<KvType::F16>(kv, block, g, at, x);
-        case KvType::I8:
-            kv.v_scale[(block * kv.heads + g) * kKvBlock + at] = store_codes(
-                x, kv.head_dim, const_cast<int8_t*>(values_of<KvType::I8>(kv, block, g)) + at * kv.padded_dim, 1);
+        case KvType::I8: return store_value_int8(kv, block, g, at, x);
     }
 }
 

@@ -124,7 +124,7 @@ class KvMemory {
         require(type != KvType::I8 || dtype == "int8", "kv: dtype must be f32, f16 or int8");
         const int64_t width = type == KvType::F32 ? 4 : type == KvType::F16 ? 2 : 1;
         const int64_t padded = (head_dim + 15) / 16 * 16, rows = n_blocks * heads * kKvBlock;
-        k_ = std::make_unique<Memory>(rows * head_dim * width);
+        k_ = std::make_unique<Memory>(rows * (type == KvType::I8 ? padded : head_dim) * width);
         v_ = std::make_unique<Memory>(rows * padded * width);
         if (type == KvType::I8) scales_ = std::make_unique<Memory>(2 * rows * sizeof(float));
         float* scales = scales_ ? reinterpret_cast<float*>(scales_->data()) : nullptr;

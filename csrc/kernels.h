@@ -24,7 +24,8 @@ struct Weight {
 enum class KvType : int { F32, F16, I8 };
 
 // Keys lie transposed, [block][G][D][32], so that 32 scores are computed side by side; values as
-// [block][G][32][Dp], Dp = D rounded up to 16. I8: codes * scale, scales float [block][G][32].
+// [block][G][32][Dp], Dp = D rounded up to 16. I8: codes * scale, scales float [block][G][32], and four
+// codes side by side: keys [block][G][Dp/4][32][4], 128 higher, values [block][G][32/4][Dp][4].
 struct KvLayer {
     KvType type;
     int64_t n_blocks, heads, head_dim, padded_dim;
@@ -54,7 +55,7 @@ struct LinearInputs {
 };
 
 // Query vectors of one sequence and key/value head that are computed together: `rows` successive
-// rows times `group` heads, vector i being row i / group. q [rows * group][D], already scaled.
+// rows times `group` heads, vector i being row i / group. q [rows * group][Dp], made by load_query.
 struct QueryTile {
     const float* q;
     int64_t rows, group, head;
@@ -88,6 +89,8 @@ struct Kernels {
                          float* sum, float* y);
     // y = silu(gate) * up
     void (*swiglu_row)(int64_t width, const float* gate, const float* up, float* y);
+    // q [Dp] = x [D] * scale as `attend` wants it.
+    void (*load_query)(const KvLayer&, const float* x, float scale, float* q);
     // Keys and values of one head over key/value blocks first..last-1 of the table (one partition).
     void (*attend)(const KvLayer&, const QueryTile&, int64_t first, int64_t last, const Partial&);
     // into = the merge of two partial sums over n vectors

@@ -8,6 +8,7 @@ namespace pronk::PRONK_ISA {
 extern const int group_rows;
 void linear_group(Pack, const LinearInputs&, const uint8_t*, int, float*);
 void quantize_row(const float*, int64_t, int64_t, int64_t, int8_t*, int8_t*, RowBlock*);
+void load_query(const KvLayer&, const float*, float, float*);
 void attend(const KvLayer&, const QueryTile&, int64_t, int64_t, const Partial&);
 void merge(int64_t, int64_t, const Partial&, const Partial&);
 void store_key(const KvLayer&, int64_t, int64_t, int64_t, const float*);
@@ -131,8 +132,8 @@ int64_t read_burst(const uint8_t* data, size_t bytes, int way) {
 
 extern const Kernels table;
 const Kernels table = {
-    PRONK_STRING(PRONK_ISA), group_rows, linear_group, quantize_row, rms_norm_row, swiglu_row, attend, merge,
-    store_key, store_value, int8_burst, read_burst,
+    PRONK_STRING(PRONK_ISA), group_rows, linear_group, quantize_row, rms_norm_row, swiglu_row, load_query, attend,
+    merge, store_key, store_value, int8_burst, read_burst,
 };
 
 }  // namespace pronk::PRONK_ISA

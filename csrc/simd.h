@@ -32,6 +32,7 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint8_t vb __attribute__((vector_size(W * 4)));
 typedef int8_t vc __attribute__((vector_size(W)));  // one byte a lane
+typedef uint8_t vu __attribute__((vector_size(W)));
 typedef uint16_t vs __attribute__((vector_size(W * 4)));
 
 PRONK_INLINE vf splat(float x) { return x - vf{}; }
@@ -70,9 +71,9 @@ PRONK_INLINE vf load_i8(const int8_t* p) {
 PRONK_INLINE vf load_u8(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
-// acc + sum over i of codes[4l+i] * a[i], a being 4 signed bytes; exact
-PRONK_INLINE vi dot4(vi acc, vb codes, int32_t a) {
-    return reinterpret_cast<vi>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(codes), _mm512_set1_epi32(a)));
+// acc + sum over i of u[4l+i] * s[4l+i], s being signed; exact
+PRONK_INLINE vi dot4(vi acc, vb u, vb s) {
+    return reinterpret_cast<vi>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(u), reinterpret_cast<__m512i>(s)));
 }
 
 #elif defined(__AVX2__)
@@ -104,9 +105,9 @@ PRONK_INLINE vi add_pairs(vs pairs) {
     return reinterpret_cast<vi>(_mm256_madd_epi16(reinterpret_cast<__m256i>(pairs), _mm256_set1_epi16(1)));
 }
 // Codes of 8 bits are widened to 16 instead: their pair sums would saturate.
-PRONK_INLINE vi dot4(vi acc, vb codes, int32_t a) {
-    const __m256i u = reinterpret_cast<__m256i>(codes), low = _mm256_set1_epi16(0x00ff);
-    const __m256i s = _mm256_set1_epi32(a);
+PRONK_INLINE vi dot4(vi acc, vb unsigned_bytes, vb signed_bytes) {
+    const __m256i u = reinterpret_cast<__m256i>(unsigned_bytes), low = _mm256_set1_epi16(0x00ff);
+    const __m256i s = reinterpret_cast<__m256i>(signed_bytes);
     const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, low), _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
     const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
     return acc + reinterpret_cast<vi>(even) + reinterpret_cast<vi>(odd);
@@ -127,14 +128,16 @@ PRONK_INLINE vf load_bf16(const uint16_t* p) {
 }
 PRONK_INLINE vf load_i8(const int8_t* p) { return vf{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
 PRONK_INLINE vf load_u8(const uint8_t* p) { return vf{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
-PRONK_INLINE vi dot4(vi acc, vb codes, int32_t a) {
-    const int8_t* s = reinterpret_cast<const int8_t*>(&a);
+PRONK_INLINE vi dot4(vi acc, vb u, vb s) {
     for (int lane = 0; lane < W; ++lane)
-        for (int i = 0; i < 4; ++i) acc[lane] += int32_t(codes[4 * lane + i]) * s[i];
+        for (int i = 0; i < 4; ++i) acc[lane] += int32_t(u[4 * lane + i]) * int8_t(s[4 * lane + i]);
     return acc;
 }
 
 #endif
+
+// With the same four signed bytes in every lane.
+PRONK_INLINE vi dot4(vi acc, vb codes, int32_t four) { return dot4(acc, codes, reinterpret_cast<vb>(splat(four))); }
 
 PRONK_INLINE vb shift_right(vb v, int n) { return reinterpret_cast<vb>(reinterpret_cast<vs>(v) >> n); }
 PRONK_INLINE vb shift_left(vb v, int n) { return reinterpret_cast<vb>(reinterpret_cast<vs>(v) << n); }

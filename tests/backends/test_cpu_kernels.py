@@ -280,28 +280,33 @@ class Context:
 SHAPES = [(4, 4, 64), (6, 2, 128), (9, 3, 64), (8, 1, 128), (2, 1, 20), (3, 3, 80), (40, 1, 32)]
 
 
+def assert_close(got: F32, want: F32, dtype: KvDtype) -> None:
+    """Both backends round keys and values alike. Over int8 the kernels also round queries and
+    weights to 8 bits, which costs about 0.5 % of values of size 1."""
+    np.testing.assert_allclose(got, want, rtol=0, atol=4e-2 if dtype == "int8" else 3e-5)
+    if dtype == "int8" and got.size:
+        assert np.sqrt(np.mean((got - want) ** 2)) < 6e-3
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", KV_DTYPES)
 def test_attention_equals_reference(
     shape: tuple[int, int, int], dtype: KvDtype, threads: int
 ) -> None:
-    """Both round keys and values alike; int8 codes may differ where a product falls on a tie."""
     context = Context(config_of(*shape), [1, 33, 70, 32], dtype, seed=9)
-    tolerance = 2e-2 if dtype == "int8" else 2e-5
     for got, want in zip(context.whole("cpu"), context.whole("reference"), strict=True):
-        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+        assert_close(got, want, dtype)
 
 
 @pytest.mark.parametrize("dtype", KV_DTYPES)
 def test_attention_over_many_partitions(dtype: KvDtype, threads: int) -> None:
-    """Contexts beyond one partition (512 positions), in chunks and then row by row."""
+    """Contexts beyond one partition (256 positions), in chunks and then row by row."""
     context = Context(config_of(4, 2, 64), [1100, 530], dtype, seed=10)
-    tolerance = 2e-2 if dtype == "int8" else 2e-5
     whole = context.whole("reference")
     for first, last in ((0, 500), (500, 1098), (1098, 1099), (1099, 1100)):
         spans = [(first, last), (min(first, 530), min(last, 530))]
         for got, want, span in zip(context.step("cpu", spans), whole, spans, strict=True):
-            np.testing.assert_allclose(got, want[slice(*span)], rtol=tolerance, atol=tolerance)
+            assert_close(got, want[slice(*span)], dtype)
 
 
 @pytest.mark.parametrize("dtype", KV_DTYPES)
@@ -318,12 +323,14 @@ def test_attention_of_a_row_depends_on_nothing_but_its_context(dtype: KvDtype) -
     cpu.set_threads(1)
 
 
-def test_reused_blocks_may_hold_infinities() -> None:
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_reused_blocks_may_hold_infinities(dtype: KvDtype) -> None:
     """What an earlier owner left behind the context's end must not leak in."""
     config = config_of(2, 1, 32)
-    context = Context(config, [40], "f16", seed=12)
+    context = Context(config, [40], dtype, seed=12)
     want = context.whole("cpu")[0]
-    dirty = Context(config, [40], "f16", seed=12)
+    assert np.isfinite(want).all()
+    dirty = Context(config, [40], dtype, seed=12)
     full = np.full((64, 1, 32), np.inf, np.float32)
     batch = Batch(np.arange(64, dtype=np.int32), np.array([0, 64], np.int32),
                   np.array([64], np.int32), dirty.blocks)  # fmt: skip
@@ -344,6 +351,18 @@ def test_a_value_too_large_for_float16_stays_in_its_row(dtype: KvDtype) -> None:
     np.testing.assert_array_equal(whole, np.concatenate(one_by_one))
     assert np.isfinite(whole).all()
     np.testing.assert_allclose(whole, contexts[0].whole("reference")[0], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_an_infinite_value_stays_behind_the_rows_before_it(dtype: KvDtype) -> None:
+    config = config_of(2, 1, 32)
+    contexts = [Context(config, [20], dtype, seed=22) for _ in range(3)]
+    for context in contexts[:2]:
+        context.v[0][7] = np.inf
+    whole = contexts[0].whole("cpu")[0]
+    one_by_one = [contexts[1].step("cpu", [(i, i + 1)])[0] for i in range(20)]
+    np.testing.assert_array_equal(whole, np.concatenate(one_by_one))
+    np.testing.assert_array_equal(whole[:7], contexts[2].whole("cpu")[0][:7])
 
 
 def test_attention_without_a_cache_sees_each_sequence_alone() -> None:

@@ -4,6 +4,7 @@ Written to be read and to be exact, not to be fast. A row's numbers never depend
 of its step: matrix products run row by row, because BLAS takes other paths for other heights.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,8 @@ def _rotate(x_THK: F32, cos_sin_TJ2: F32) -> F32:
 class KvCache:
     """Keys and values of one layer, `[n_blocks * BLOCK, G, K]`, in the dtype asked for.
 
-    int8 has one float32 scale for each position and head: the largest magnitude over 127."""
+    int8 has one float32 scale for each position and head: the largest magnitude over 127. Its keys
+    are stored rotated, because rounding then costs less; queries meet them rotated, too."""
 
     k: npt.NDArray[Any]
     v: npt.NDArray[Any]
@@ -115,11 +117,24 @@ def quantize_int8(x: F32) -> tuple[npt.NDArray[np.int8], F32]:
     return codes, largest * np.float32(1 / 127)
 
 
+def rotate(x: F32) -> F32:
+    """x `[..., K]` times an orthogonal matrix that is its own inverse: the Hadamard matrix of the
+    largest power of two that divides K, along the diagonal (QuaRot, Ashkboos et al. 2024)."""
+    K = x.shape[-1]
+    size = K & -K
+    sums = x.reshape(-1, K // size, size)
+    length = 1
+    while length < size:
+        pairs = sums.reshape(len(sums), -1, 2, length)
+        sums = np.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), axis=2)
+        length *= 2
+    return sums.reshape(x.shape) * np.float32(1 / math.sqrt(size))
+
+
 def _store(cache: npt.NDArray[Any], scales: F32 | None, slots_T: I32, x_TGK: F32) -> None:
-    if cache.dtype == np.float16:
-        cache[slots_T] = np.clip(x_TGK, -65504, 65504)  # the largest float16 instead of infinity
-    elif scales is None:
-        cache[slots_T] = x_TGK
+    if scales is None:
+        largest = np.finfo(cache.dtype).max  # instead of infinity
+        cache[slots_T] = np.clip(x_TGK, -largest, largest)
     else:
         cache[slots_T], scales[slots_T] = quantize_int8(x_TGK)
 
@@ -131,6 +146,8 @@ def _load(cache: npt.NDArray[Any], scales: F32 | None, slots_N: I32) -> F32:
 
 def attention(q_THK: F32, k_TGK: F32, v_TGK: F32, kv: KvCache | None, batch: Batch) -> F32:
     o_THK = np.empty(q_THK.shape, dtype=np.float32)
+    if kv is not None and kv.k_scale is not None:
+        q_THK, k_TGK = rotate(q_THK), rotate(k_TGK)
     for s in range(len(batch.lengths_S)):
         rows = slice(int(batch.starts_S[s]), int(batch.starts_S[s + 1]))
         positions = batch.positions_T[rows]
