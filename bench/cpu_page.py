@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from pronk.core.errors import UserError
 from pronk.engine.demand import Demand, Fraction, Limits
 
 
@@ -87,6 +88,7 @@ class Raw:
     """By name: what is in it."""
     skipped: dict[str, str]
     """Engine by name: why."""
+    notes: list[str]
 
     def of(self, experiment: str) -> list[Run]:
         return [run for run in self.runs if run.experiment == experiment]
@@ -97,17 +99,34 @@ def line_of(kind: str, fields: dict[str, Any] | Run) -> str:
 
 
 def read_raw(path: Path) -> Raw:
-    raw = Raw([], {}, {}, {}, {})
-    for line in path.read_text().splitlines():
-        fields = json.loads(line)
-        kind = fields.pop("kind")
-        if kind == "run":
-            raw.runs.append(Run(**fields))
-        elif kind == "machine":
-            raw.machine = fields
-        else:
-            getattr(raw, kind)[fields.pop("name")] = fields["about"]
+    """Raises UserError for a line that is none of `cpu_peers.py`. A last one without its end was
+    not written to the end: it is ignored, and a line on stderr says so."""
+    raw = Raw([], {}, {}, {}, {}, [])
+    *lines, rest = path.read_text(errors="replace").split("\n")
+    for n, line in enumerate(lines, 1):
+        try:
+            add_line(raw, json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"--raw: line {n} of {path} is not one that this script writes"
+            ) from None
+    if rest:
+        print(f"the last line of {path} is not whole and was ignored", file=sys.stderr)
     return raw
+
+
+def add_line(raw: Raw, fields: dict[str, Any]) -> None:
+    match fields.pop("kind"):
+        case "run":
+            raw.runs.append(Run(**fields))
+        case "machine":
+            raw.machine = fields
+        case "notes":
+            raw.notes.append(fields["text"])
+        case "engines" | "files" | "skipped" as kind:
+            getattr(raw, kind)[fields["name"]] = fields["about"]
+        case kind:
+            raise ValueError(kind)
 
 
 def ordered(values: Iterable[str]) -> list[str]:
@@ -158,9 +177,9 @@ SPEED = """Prefill: a prompt of random tokens, new in each run, until the next t
 Decode: tokens written greedily behind a context of one token, the first one not counted. A step is
 at least one read of the weights as the file has them and of 16-bit keys and values, and the
 multiply-accumulates of all layers, of which the last computes the rows without an answer only as
-far as their keys and values. Prefill is given as the fraction of the int8 rate that these take,
-decode as the fraction of the bandwidth. "times" is Pronk's speed divided by the engine's in the
-same round."""
+far as their keys and values; a step without any answer reads no more weights of it either. Prefill
+is given as the fraction of the int8 rate that these take, decode as the fraction of the bandwidth.
+"times" is Pronk's speed divided by the engine's in the same round."""
 
 
 def speed(raw: Raw, experiment: str) -> list[str]:
@@ -186,16 +205,16 @@ gain are compared with one sequence in the same round."""
 
 def rows_of_a_step(raw: Raw, experiment: str) -> list[str]:
     rows = []
-    for (file,), runs in groups(raw.of(experiment), "file"):
+    for (file, engine), runs in groups(raw.of(experiment), "file", "engine"):
         one = pick(runs, rows=1)
         for (n,), own in groups(runs, "rows"):
             cost, gain = (ratio(own, one, of) for of in (lambda r: r.step, lambda r: r.rate))
             rows.append([
-                file, str(n), spread([r.step for r in own], 1, 1000), number(cost),
+                file, engine, str(n), spread([r.step for r in own], 1, 1000), number(cost),
                 spread([r.rate for r in own], 1), number(gain), str(len(own)),
             ])  # fmt: skip
-    head = ["file", "rows", "ms a step", "times one row", "tokens a second", "times one row",
-            "runs"]  # fmt: skip
+    head = ["file", "engine", "rows", "ms a step", "times one row", "tokens a second",
+            "times one row", "runs"]  # fmt: skip
     return [ROWS, "", *table(head, rows)]
 
 
@@ -287,13 +306,12 @@ read bandwidth (the best of several ways to stream through 512 MB) and the rate 
 multiply-accumulates in registers. A fraction compares a run with the mean of its two neighbours.
 """
 
-BUILDS = """The other engines were built from their source packages for this processor
-(`CMAKE_ARGS=-DGGML_NATIVE=ON`; that of ik-llama-cpp-python lacks
-`common/cmake/build-info-gen-cpp.cmake`, which had to be supplied). llama.cpp runs with its defaults
-(weights repacked at load, flash attention), ik_llama.cpp with weights repacked at load (`-rtr`) and
-flash attention, both with batches of 512. `llama.cpp-avx2` was built with `GGML_NATIVE=OFF` and
-AVX, AVX2, FMA, F16C and BMI2 only; `pronk-avx2` is Pronk with `PRONK_ISA=avx2`, `pronk-cached` with
-`PRONK_LAYOUT_CACHE=1`.
+ENGINES = """Build is what the engine itself reports. llama.cpp runs with its defaults: it maps the
+file and repacks at load, into memory of its own, what it has a layout for. ik_llama.cpp repacks at
+load (`-rtr`) without mapping, computes q, k and v in one product (`-mqkv`) and uses flash attention
+(`-fa`). Both read prompts in batches of 512. Pronk asks the system for huge pages itself; engines
+with `GLIBC_TUNABLES` among their options get them through the C library, the others have them if
+transparent huge pages are set to `always`.
 """
 
 
@@ -316,13 +334,17 @@ def machine(raw: Raw) -> list[str]:
 
 
 def engines_and_files(raw: Raw) -> list[str]:
-    rows = [[name, f["version"], features(f["build"])] for name, f in raw.engines.items()]
+    rows = [
+        [name, f["version"], features(f["build"]), f.get("options", "")]
+        for name, f in raw.engines.items()
+    ]
     notes = [f"{name} was left out: {why}." for name, why in raw.skipped.items()]
+    notes += ordered(raw.notes)
     return [
-        "## Engines and files", "", BUILDS,
-        *table(["engine", "version", "build"], rows),
+        "## Engines and files", "", ENGINES,
+        *table(["engine", "version", "build", "options"], rows),
         *table(["file", "contents"], [[name, what] for name, what in raw.files.items()]),
-        *notes, *[""] * bool(notes),
+        *(line for note in notes for line in (note, "")),
     ]  # fmt: skip
 
 

@@ -8,20 +8,24 @@ speed   prefill and decode of every engine
 rows    Pronk with 1 to 16 sequences side by side
 depth   prefill and decode behind many tokens (--depth)
 busy    decode while another process keeps a core busy
-avx2    Pronk with PRONK_ISA=avx2, and llama.cpp built without AVX-512
+avx2    Pronk with PRONK_ISA=avx2, and a llama.cpp that was built without AVX-512
 start   from the start of a process to the first token
 page    only writes the page again
 
 Every run is appended to RAW as it ends, and the page is made of all that is there, after an
 interruption, too. An engine that lives elsewhere: `--python ik_llama.cpp=/path/to/bin/python`; one
-that cannot be imported is left out with a note. `peer_worker.py` says how each is run; the page
-(`cpu_page.py`, which needs matplotlib) says how each number comes about.
+that cannot be imported is left out with a note. `--note` puts a sentence on the page, such as how
+an engine was built. `peer_worker.py` says how each is run; the page (`cpu_page.py`, which needs
+matplotlib) says how each number comes about.
+
+Exits with 2 where nothing was measured.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,13 +37,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpu_page import Run, line_of, write_page
+from cpu_page import Run, features, line_of, read_raw, write_page
 from pronk.backends.formats import KINDS
 from pronk.checkpoints.checkpoint import Checkpoint
 from pronk.checkpoints.open import open_checkpoint
 from pronk.core.config import ModelConfig
 from pronk.core.errors import PronkError, UserError
-from pronk.engine.demand import Work, demands, total
+from pronk.engine.bench import weight_sizes
+from pronk.engine.demand import Chunk, Step, Weights, demands, total, weight_bytes
 from pronk.engine.load import MERGED
 from pronk.engine.memory import free_memory
 
@@ -57,14 +62,37 @@ class Kind:
 
     engine: str
     env: dict[str, str]
+    without: str = ""
+    """A feature that its build must not have."""
 
+    def environment(self) -> dict[str, str]:
+        """The user's, less what would change Pronk unseen."""
+        kept = {name: v for name, v in os.environ.items() if not name.startswith("PRONK_")}
+        return kept | self.env
+
+    def described(self, answer: dict[str, str]) -> dict[str, str]:
+        """What a worker says of itself, with the environment. Raises PeerError for what it says it
+        could not do, and for a build that is not of this kind."""
+        if "error" in answer:
+            raise PeerError(answer["error"])
+        if self.without and self.without in features(answer["build"]).split(", "):
+            raise PeerError(
+                f"its build has {self.without} = 1; give the interpreter of one without by --python"
+            )
+        given = [f"{name}={value}" for name, value in self.env.items()]
+        return answer | {"options": ", ".join([*given, *filter(None, [answer["options"]])])}
+
+
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""The C library then asks for huge pages, as Pronk does for itself."""
 
 KINDS_OF_ENGINE = {
     "pronk": Kind("pronk", {}),
     "llama.cpp": Kind("llama.cpp", {}),
-    "ik_llama.cpp": Kind("ik_llama.cpp", {}),
+    "ik_llama.cpp": Kind("ik_llama.cpp", HUGE_PAGES),
     "pronk-avx2": Kind("pronk", {"PRONK_ISA": "avx2"}),
-    "llama.cpp-avx2": Kind("llama.cpp", {}),
+    "llama.cpp-avx2": Kind("llama.cpp", {}, without="AVX512"),
+    "llama.cpp-huge": Kind("llama.cpp", HUGE_PAGES),
     "pronk-cached": Kind("pronk", {"PRONK_LAYOUT_CACHE": "1"}),
 }
 ALL = ("pronk", "llama.cpp", "ik_llama.cpp")
@@ -80,7 +108,7 @@ class Subject:
 
     path: Path
     config: ModelConfig
-    weights: dict[str, int]
+    weights: Weights
     """Bytes in the file."""
     about: str
 
@@ -94,16 +122,15 @@ class Subject:
 def open_subject(path: Path) -> Subject:
     with open_checkpoint(path) as checkpoint:
         config = checkpoint.config
-        parts = {
-            name: [f"layers.{i}.{part}" for i in range(config.n_layers) for part in group]
-            for name, group in MERGED.items()
-        } | {"output": ["embed" if config.tied_embeddings else "output"]}
-        kinds = Counter(checkpoint.kind(name) for names in parts.values() for name in names)
-        sizes = {k: sum(stored_bytes(checkpoint, n) for n in names) for k, names in parts.items()}
+        parts = [part for group in MERGED.values() for part in group]
+        names = [f"layers.{i}.{part}" for i in range(config.n_layers) for part in parts]
+        names.append("embed" if config.tied_embeddings else "output")
+        kinds = Counter(checkpoint.kind(name) for name in names)
+        sizes = weight_sizes(checkpoint, lambda name: stored_bytes(checkpoint, name))
     mix = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
     about = (
         f"{config.n_params / 1e6:.0f} million weights in {config.n_layers} layers;"
-        f" {sum(sizes.values()) / 1e9:.2f} GB of linear weights ({mix} tensors)"
+        f" {weight_bytes(sizes) / 1e9:.2f} GB of linear weights ({mix} tensors)"
     )
     return Subject(path, config, sizes, about)
 
@@ -125,15 +152,20 @@ class Worker:
 
     def __init__(self, kind: Kind, python: str, *arguments: object) -> None:
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [python, str(WORKER), "serve", kind.engine, *map(str, arguments)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env={**os.environ, **kind.env},
-        )  # fmt: skip
-        self.about: dict[str, str] = self._answer()
-        if "missing" in self.about:
+        try:
+            self._process = subprocess.Popen(
+                [python, str(WORKER), "serve", kind.engine, *map(str, arguments)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+                env=kind.environment(),
+            )  # fmt: skip
+        except OSError as error:
+            self._log.close()
+            raise PeerError(f"cannot run {python}: {error.strerror}") from error
+        try:
+            self.about = kind.described(self._answer())
+        except PeerError:
             self.close()
-            raise PeerError(self.about["missing"])
+            raise
 
     def ask(self, **task: object) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -142,7 +174,10 @@ class Worker:
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # _answer says more
-        return self._answer()
+        answer = self._answer()
+        if "error" in answer:
+            raise PeerError(answer["error"])
+        return answer
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -152,8 +187,7 @@ class Worker:
             return answer
         code = self._process.wait()
         self._log.seek(0)
-        words = [word.strip() for word in self._log.read()[-2000:].splitlines() if word.strip()]
-        raise PeerError(f"ended with {code}: {' / '.join(words[-2:])[-300:]}")
+        raise PeerError(f"ended with {code}: {last_words(self._log.read())}")
 
     def cpu_seconds(self) -> float:
         """Processor time that it has taken."""
@@ -167,17 +201,25 @@ class Worker:
         self._log.close()
 
 
+def last_words(log: str) -> str:
+    """The end of a log, exceptions without their class."""
+    lines = [line.strip() for line in log[-2000:].splitlines() if line.strip()]
+    return " / ".join(re.sub(r"^[\w.]+(Error|Exception): ", "", line) for line in lines[-2:])[-300:]
+
+
 class Lab:
     """What all experiments share: options, the raw file, a place for notes."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.session = int(time.time())
+        self.n_runs = 0
+        open_end(args.raw)
         self.write("machine", machine(args.threads))
 
     def write(self, kind: str, fields: dict[str, Any] | Run) -> None:
-        with self.args.raw.open("a") as raw:
-            raw.write(line_of(kind, fields) + "\n")
+        append(self.args.raw, kind, fields)
+        self.n_runs += isinstance(fields, Run)
 
     def python(self, name: str) -> str:
         python: str = self.args.python.get(name, sys.executable)
@@ -192,18 +234,18 @@ class Lab:
 
     @contextmanager
     def open(
-        self, path: Path, engines: Sequence[str], *, context: int, rows: int = 1,
+        self, path: Path, engines: Sequence[str], *, tokens: int, rows: int = 1, depth: int = 0,
         limits: str = "pronk",
     ) -> Iterator["Table"]:  # fmt: skip
-        """The engines that can be had, each with the file loaded. `limits` names the one whose
-        environment the machine is measured in."""
-        subject = open_subject(path)
+        """The engines that can be had, each with the file loaded and room for runs of so many
+        tokens. `limits` names the one whose environment the machine is measured in."""
+        subject, context = open_subject(path), depth + tokens + 8
         check_memory(subject, engines, context * rows)
         self.write("files", {"name": path.name, "about": subject.about})
         with ExitStack() as stack:
             meter = Worker(
                 Kind("limits", KINDS_OF_ENGINE[limits].env), self.python(limits), "",
-                self.args.threads, 0, 0,
+                self.args.threads, 0, 0, 0,
             )  # fmt: skip
             stack.callback(meter.close)
             workers: dict[str, Worker] = {}
@@ -212,7 +254,7 @@ class Lab:
                 try:
                     worker = Worker(
                         KINDS_OF_ENGINE[name], self.python(name), path, self.args.threads, context,
-                        rows,
+                        rows, depth,
                     )  # fmt: skip
                 except PeerError as error:
                     self.skip(name, error)
@@ -266,21 +308,20 @@ class Table:
             return
         time.sleep(PAUSE)
         self._before = after = self._meter.ask(phase="read")
+        steps = [[Chunk(*chunk) for chunk in step] for step in found["work"]]
+        computed = sum(chunk.n for step in steps for chunk in step)
         run = Run(
             experiment, self.lab.session, n, self.subject.path.name, name, phase,
-            found["seconds"], found["tokens"], found["steps"], depth, rows, variant, before, after,
+            found["seconds"], computed, len(steps), depth, rows, variant, before, after,
             kv_bytes=self.subject.kv_bytes, foreign=round(max(foreign, 0), 2),
-            **self._demand(phase, found, depth, rows),
+            **self._demand(steps),
         )  # fmt: skip
         self.lab.write("run", run)
         self._tell(run)
 
-    def _demand(self, phase: str, found: dict[str, Any], depth: int, rows: int) -> dict[str, float]:
-        tokens, steps = found["tokens"], found["steps"]
-        context = max(depth, phase == "decode") + tokens / rows / 2
-        work = Work(tokens, steps, rows, context, rows if phase == "prefill" else tokens)
+    def _demand(self, steps: Sequence[Step]) -> dict[str, float]:
         subject = self.subject
-        asked = total(demands(subject.config, subject.weights, subject.kv_bytes, work))
+        asked = total(demands(subject.config, subject.weights, subject.kv_bytes, steps))
         return {"nbytes": asked.nbytes, "macs": asked.macs}
 
     def _drop(self, name: str, error: PeerError) -> None:
@@ -298,7 +339,7 @@ class Table:
 
 
 def check_memory(subject: Subject, engines: Sequence[str], positions: int) -> None:
-    each = sum(subject.weights.values()) + positions * subject.kv_bytes + (500 << 20)
+    each = weight_bytes(subject.weights) + positions * subject.kv_bytes + (500 << 20)
     free = free_memory()
     if free is not None and len(engines) * each > free:
         raise UserError(
@@ -317,8 +358,33 @@ def machine(threads: int) -> dict[str, str]:
         "cores": f"{os.cpu_count()} cores, {threads} threads used by each engine",
         "memory": f"{memory / 2**30:.0f} GiB",
         "system": platform.system(),
+        "huge pages": f"transparent huge pages: {huge_pages()}",
         "python": f"Python {platform.python_version()}",
     }
+
+
+def huge_pages(path: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled")) -> str:
+    """always, madvise (those who ask for them) or never: the word in brackets."""
+    try:
+        return path.read_text().partition("[")[2].partition("]")[0]
+    except OSError:
+        return "unknown"
+
+
+# The raw file.
+
+
+def append(raw: Path, kind: str, fields: dict[str, Any] | Run) -> None:
+    with raw.open("a") as file:
+        file.write(line_of(kind, fields) + "\n")
+
+
+def open_end(raw: Path) -> None:
+    """Makes sure that the file can be gone on with: cuts off a last line that has no end. Raises
+    UserError for a file that is something else."""
+    if raw.exists():
+        read_raw(raw)
+        os.truncate(raw, raw.read_bytes().rfind(b"\n") + 1)
 
 
 # The experiments. Each runs every engine once in a round.
@@ -327,8 +393,8 @@ def machine(threads: int) -> dict[str, str]:
 def measure_speed(lab: Lab, path: Path, experiment: str = "speed") -> None:
     avx2 = experiment == "avx2"
     engines = lab.engines(("pronk-avx2", "llama.cpp-avx2") if avx2 else ALL)
-    context = max(lab.args.p, lab.args.n) + 8
-    with lab.open(path, engines, context=context, limits=engines[0] if avx2 else "pronk") as table:
+    tokens = max(lab.args.p, lab.args.n)
+    with lab.open(path, engines, tokens=tokens, limits=engines[0] if avx2 else "pronk") as table:
         table.warm(phase="prefill", tokens=lab.args.p, depth=0, rows=1)
         table.warm(phase="decode", tokens=4, depth=0, rows=1)
         for n in range(lab.args.r):
@@ -345,18 +411,24 @@ ROWS = (1, 2, 4, 8, 16)
 
 
 def measure_rows(lab: Lab, path: Path) -> None:
-    (name,) = lab.engines(("pronk",))
-    with lab.open(path, [name], context=lab.args.n + 8, rows=max(ROWS)) as table:
+    engines = lab.engines(("pronk",))
+    able = [name for name, kind in KINDS_OF_ENGINE.items() if kind.engine == "pronk"]
+    for name in engines:
+        if name not in able:
+            raise UserError(
+                f"--engines: {name} runs one sequence only; rows takes {', '.join(able)}"
+            )
+    with lab.open(path, engines, tokens=lab.args.n, rows=max(ROWS)) as table:
         table.warm(phase="decode", tokens=4, depth=0, rows=max(ROWS))
         for n in range(lab.args.r):
-            for count in ROWS:
-                table.run("rows", n, name, "decode", lab.args.n, rows=count)
+            for name in table.names:
+                for count in ROWS:
+                    table.run("rows", n, name, "decode", lab.args.n, rows=count)
 
 
 def measure_depth(lab: Lab, path: Path) -> None:
-    deep = lab.args.depth
-    context = deep + max(lab.args.p, lab.args.n) + 8
-    with lab.open(path, lab.engines(("pronk",)), context=context) as table:
+    deep, tokens = lab.args.depth, max(lab.args.p, lab.args.n)
+    with lab.open(path, lab.engines(("pronk",)), tokens=tokens, depth=deep) as table:
         print(f"computing {deep} tokens once for each engine", file=sys.stderr)
         for at in (deep, 0):
             table.warm(phase="prefill", tokens=lab.args.p, depth=at, rows=1)
@@ -369,7 +441,7 @@ def measure_depth(lab: Lab, path: Path) -> None:
 
 
 def measure_busy(lab: Lab, path: Path) -> None:
-    with lab.open(path, lab.engines(ALL), context=lab.args.n + 8) as table:
+    with lab.open(path, lab.engines(ALL), tokens=max(lab.args.n, 8)) as table:
         table.warm(phase="decode", tokens=8, depth=0, rows=1)
         for n in range(lab.args.r):
             for name in table.names:
@@ -416,13 +488,19 @@ def start_once(lab: Lab, path: Path, name: str) -> float:
     kind = KINDS_OF_ENGINE[name]
     command = [lab.python(name), str(WORKER), "first", kind.engine, str(path)]
     began = time.monotonic()
-    done = subprocess.run(
-        [*command, str(lab.args.threads)], capture_output=True, text=True, errors="replace",
-        env={**os.environ, **kind.env},
-    )  # fmt: skip
-    if done.returncode:
-        raise PeerError(f"ended with {done.returncode}: {done.stderr.strip()[-200:]}")
-    return float(done.stdout) - began
+    try:
+        done = subprocess.run(
+            [*command, str(lab.args.threads)], capture_output=True, text=True, errors="replace",
+            env=kind.environment(),
+        )  # fmt: skip
+    except OSError as error:
+        raise PeerError(f"cannot run {command[0]}: {error.strerror}") from error
+    if done.returncode or not done.stdout:
+        raise PeerError(f"ended with {done.returncode}: {last_words(done.stderr)}")
+    answer = json.loads(done.stdout)
+    clock = answer.pop("clock", 0.0)
+    lab.write("engines", {"name": name, "about": kind.described(answer)})
+    return float(clock) - began
 
 
 def read_through(path: Path) -> None:
@@ -454,6 +532,12 @@ def engine_names(text: str) -> list[str]:
     return found
 
 
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     summary, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -467,34 +551,61 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--engines", type=engine_names, help="comma-separated, instead of the usual ones"
     )
     parser.add_argument("--python", type=named_path, action="append", default=[])
-    parser.add_argument("-p", type=int, default=512, help="tokens of a prompt")
-    parser.add_argument("-n", type=int, default=64, help="tokens to write")
-    parser.add_argument("-r", type=int, default=5, help="rounds")
-    parser.add_argument("--depth", type=int, default=16_384)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--note", action="append", default=[], help="a sentence for the page")
+    parser.add_argument("-p", type=count, default=512, help="tokens of a prompt")
+    parser.add_argument("-n", type=count, default=64, help="tokens to write")
+    parser.add_argument("-r", type=count, default=5, help="rounds")
+    parser.add_argument("--depth", type=count, default=16_384, help="tokens before those of a run")
+    parser.add_argument("--threads", type=count, default=os.cpu_count())
     args = parser.parse_args(argv)
     args.python = dict(args.python)
-    if (args.experiment == "page") == bool(args.files):
+    page = args.experiment == "page"
+    if page == bool(args.files):
         parser.error("FILE: every experiment needs one or more, the page none")
+    if page and args.out is None:
+        parser.error("--out: the page needs a place")
+    if page and not args.raw.is_file():
+        parser.error(f"--raw: there is no file {args.raw}")
+    for name, path in (("--raw", args.raw), ("--out", args.out)):
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"{name}: there is no folder {path.parent}")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    code = 0
     try:
-        if args.experiment != "page":
-            lab = Lab(args)
-            for path in args.files:
-                EXPERIMENTS[args.experiment](lab, path)
+        code = 0 if args.experiment == "page" else measure(args)
+        if args.note:
+            open_end(args.raw)
+        for text in args.note:
+            append(args.raw, "notes", {"text": text})
+        if args.out:
+            write_page(args.raw, args.out)
+    except UserError as error:
+        print(f"cpu_peers: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"cpu_peers: {error.filename or args.raw}: {error.strerror}", file=sys.stderr)
+        return 2
+    return code
+
+
+def measure(args: argparse.Namespace) -> int:
+    """The exit code."""
+    lab = Lab(args)
+    try:
+        for path in args.files:
+            EXPERIMENTS[args.experiment](lab, path)
     except KeyboardInterrupt:
-        code = 130
+        return 130
     except (PronkError, PeerError) as error:
         print(f"cpu_peers: {error}", file=sys.stderr)
-        code = 2
-    if args.out and args.raw.exists():
-        write_page(args.raw, args.out)
-    return code
+        return 2
+    if not lab.n_runs:
+        print("cpu_peers: nothing was measured", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

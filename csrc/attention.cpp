@@ -128,12 +128,13 @@ void store_rows(const KvLayer& kv, const BatchView& batch, RowsView k, RowsView 
     }
 }
 
-// One task a tile; the thread walks its partitions.
-void attend_by_tile(const KvLayer& kv, const BatchView& batch, const std::vector<Tile>& tiles, int64_t query_heads,
+// One task a tile; the thread walks its partitions. The longest go first, so that all threads end together.
+void attend_by_tile(const KvLayer& kv, const BatchView& batch, std::vector<Tile>& tiles, int64_t query_heads,
                     RowsView q, float* o) {
+    const auto length = [](const Tile& tile) { return tile.partitions * tile.rows * tile.group; };
+    std::stable_sort(tiles.begin(), tiles.end(), [&](const Tile& a, const Tile& b) { return length(a) > length(b); });
     parallel_for(int64_t(tiles.size()), [&](int64_t i) {
-        // the last tiles of a long prompt are the longest: they go first
-        const Tile& tile = tiles[tiles.size() - 1 - i];
+        const Tile& tile = tiles[i];
         const int64_t n = tile.rows * tile.group;
         Scratch& scratch = thread_scratch(kv);
         const QueryTile query = load_tile(kv, batch, tile, q, scratch.q.data());
@@ -182,7 +183,7 @@ void attend_by_partition(const KvLayer& kv, const BatchView& batch, const std::v
 void attention(const KvLayer& kv, const BatchView& batch, int64_t query_heads, RowsView q, RowsView k, RowsView v,
                float* o) {
     store_rows(kv, batch, k, v);
-    const std::vector<Tile> tiles = list_tiles(kv, batch, query_heads);
+    std::vector<Tile> tiles = list_tiles(kv, batch, query_heads);
     int64_t partitions = 0;
     for (const Tile& tile : tiles) partitions = std::max(partitions, tile.partitions);
     // many rows over a long context keep all threads busy as tiles, and need no memory for parts

@@ -42,8 +42,11 @@ class Expanse {
   public:
     explicit Expanse(int threads)
         : share_(std::max((size_t(512) << 20) / threads, size_t(32) << 20) / 4096 * 4096), memory_(share_ * threads) {
-        // pages that nobody has written to are one and the same page of zeros
-        for (size_t i = 0; i < memory_.size(); i += 4096) memory_.data()[i] = uint8_t(i >> 12);
+        // Pages that nobody has written to are one and the same page of zeros, and those that one thread
+        // has written all lie beside one processor.
+        parallel_for(threads, [&](int64_t task) {
+            for (size_t i = task * share_; i < (task + 1) * share_; i += 4096) memory_.data()[i] = uint8_t(i >> 12);
+        });
     }
 
     size_t share() const { return share_; }

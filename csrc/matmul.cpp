@@ -116,38 +116,15 @@ PRONK_INLINE int32_t dword(const int8_t* p) {
     return a;
 }
 
-// Groups of small codes whose products fit into 16 bits together: 2 * 15 * 128 * 8 and so on.
-template <Pack P>
-constexpr int kGroupsIn16Bits = P == Pack::Q6K ? 2 : P == Pack::Q5K ? 4 : 8;
-
-// Adds codes times bytes of the activations (32 of each row) to a tile's integer sums.
-template <Pack P, int MR, int NV, class Code>
-PRONK_INLINE void dot_block(const int8_t* x, Code&& code, vi (&isum)[MR][NV][pack_info(P).scales]) {
+// Integer sums of a tile: `start(m, v, sub)` plus codes times bytes of the activations (32 of each row).
+template <Pack P, int MR, int NV, class Code, class Start>
+PRONK_INLINE void dot_fours(const int8_t* x, Code&& code, Start&& start, vi (&isum)[MR][NV][pack_info(P).scales]) {
     constexpr int kHalf = kGroups / pack_info(P).scales;
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
-    if constexpr (kSmallCodes<P>) {
-        constexpr int kTogether = kGroupsIn16Bits<P>;
 #pragma GCC unroll 8
-        for (int g0 = 0; g0 < kGroups; g0 += kTogether) {
-            vs pairs[MR][NV] = {};
+    for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
-            for (int g = g0; g < g0 + kTogether; ++g) {
-                vb c[NV];
-#pragma GCC unroll 8
-                for (int v = 0; v < NV; ++v) c[v] = code(v, g);
-#pragma GCC unroll 8
-                for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 8
-                    for (int v = 0; v < NV; ++v) pairs[m][v] += multiply_pairs(c[v], dword(x + m * kSpanInputs + 4 * g));
-            }
-#pragma GCC unroll 8
-            for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 8
-                for (int v = 0; v < NV; ++v) isum[m][v][g0 / kHalf] += add_pairs(pairs[m][v]);
-        }
-        return;
-    }
-#endif
+        for (int v = 0; v < NV; ++v)
+            for (int sub = 0; sub < pack_info(P).scales; ++sub) isum[m][v][sub] = start(m, v, sub);
 #pragma GCC unroll 8
     for (int g = 0; g < kGroups; ++g) {
         vb c[NV];
@@ -159,6 +136,49 @@ PRONK_INLINE void dot_block(const int8_t* x, Code&& code, vi (&isum)[MR][NV][pac
             for (int v = 0; v < NV; ++v)
                 isum[m][v][g / kHalf] = dot4(isum[m][v][g / kHalf], c[v], dword(x + m * kSpanInputs + 4 * g));
     }
+}
+
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+// Groups of small codes whose products fit into 16 bits together: 2 * 15 * 128 * 8 and so on.
+template <Pack P>
+constexpr int kGroupsIn16Bits = P == Pack::Q6K ? 2 : P == Pack::Q5K ? 4 : 8;
+
+// The same for small codes. Sums of 32 bits begin when those of 16 are done: there are few registers.
+template <Pack P, int MR, int NV, class Code, class Start>
+PRONK_INLINE void dot_pairs(const int8_t* x, Code&& code, Start&& start, vi (&isum)[MR][NV][pack_info(P).scales]) {
+    constexpr int kHalf = kGroups / pack_info(P).scales, kTogether = kGroupsIn16Bits<P>;
+#pragma GCC unroll 8
+    for (int g0 = 0; g0 < kGroups; g0 += kTogether) {
+        vs pairs[MR][NV] = {};
+#pragma GCC unroll 8
+        for (int g = g0; g < g0 + kTogether; ++g) {
+            vb c[NV];
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) c[v] = code(v, g);
+#pragma GCC unroll 8
+            for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+                for (int v = 0; v < NV; ++v) pairs[m][v] += multiply_pairs(c[v], dword(x + m * kSpanInputs + 4 * g));
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) {
+                const vi before = g0 % kHalf ? isum[m][v][g0 / kHalf] : start(m, v, g0 / kHalf);
+                isum[m][v][g0 / kHalf] = before + add_pairs(pairs[m][v]);
+            }
+    }
+}
+#endif
+
+template <Pack P, int MR, int NV, class Code, class Start>
+PRONK_INLINE void dot_block(const int8_t* x, Code&& code, Start&& start, vi (&isum)[MR][NV][pack_info(P).scales]) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+    if constexpr (kSmallCodes<P>)
+        dot_pairs<P, MR, NV>(x, code, start, isum);
+    else
+#endif
+        dot_fours<P, MR, NV>(x, code, start, isum);
 }
 
 // Rows of a tile over one span.
@@ -189,12 +209,8 @@ template <Pack P, int NV, class Code>
 PRONK_INLINE void add_fine(const RowBlock& row, const int8_t* fine, Code&& code, vi (&isum)[NV][pack_info(P).scales]) {
     constexpr int kScales = pack_info(P).scales;
     vi sums[1][NV][kScales];
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v)
-#pragma GCC unroll 2
-        for (int sub = 0; sub < kScales; ++sub)
-            sums[0][v][sub] = (isum[v][sub] << 8) + start_of<P>(row.fine_sum, row.fine_first, sub);
-    dot_block<P, 1, NV>(fine, code, sums);
+    const auto start = [&](int, int v, int sub) { return (isum[v][sub] << 8) + start_of<P>(row.fine_sum, row.fine_first, sub); };
+    dot_block<P, 1, NV>(fine, code, start, sums);
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v)
 #pragma GCC unroll 2
@@ -207,17 +223,13 @@ PRONK_INLINE void tile_block(const TileRows& rows, int i, Code&& code, Scale&& s
     constexpr int kScales = pack_info(P).scales;
     const RowBlock* row = rows.blocks + i;
     int32_t largest = kNoFine;
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) largest = row[m * kSpan].fine_sum > largest ? row[m * kSpan].fine_sum : largest;
     vi isum[MR][NV][kScales];
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-        const RowBlock& r = row[m * kSpan];
-        largest = r.fine_sum > largest ? r.fine_sum : largest;
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v)
-#pragma GCC unroll 2
-            for (int sub = 0; sub < kScales; ++sub) isum[m][v][sub] = splat(start_of<P>(r.q_sum, r.q_first, sub));
-    }
-    dot_block<P, MR, NV>(rows.q + i * kBlock, code, isum);
+    const auto start = [&](int m, int, int sub) {
+        return splat(start_of<P>(row[m * kSpan].q_sum, row[m * kSpan].q_first, sub));
+    };
+    dot_block<P, MR, NV>(rows.q + i * kBlock, code, start, isum);
     if (__builtin_expect(largest == kNoFine, true)) {
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) {

@@ -7,11 +7,14 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <ctime>
 #include <deque>
+#include <exception>
 #include <fstream>
 #include <limits>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace pronk {
@@ -35,14 +38,22 @@ using Clock = std::chrono::steady_clock;
 
 // A thread that another process keeps from its core is left out for a while: what it holds when it is
 // taken away stops everybody until it is back, some milliseconds later. The longer this goes on, the
-// longer it stays out.
-constexpr auto kStall = std::chrono::microseconds(300);
+// longer it stays out. Somebody who has waited for kStall looks how much the others compute in kLook.
+constexpr auto kStall = std::chrono::microseconds(300), kLook = std::chrono::microseconds(100);
 constexpr auto kShortestRest = std::chrono::milliseconds(10), kLongestRest = std::chrono::milliseconds(160);
 
 struct alignas(64) Worker {
     std::atomic<bool> busy{false}, resting{false};
+    clockid_t clock{};                               // of its processor time
+    std::chrono::nanoseconds computed{};             // processor time at the first look; the caller's
     std::chrono::milliseconds rest = kShortestRest;  // the next one; the caller's
     Clock::time_point back;                          // end of the last one; the caller's, then the worker's
+
+    std::chrono::nanoseconds processor_time() const {
+        timespec t{};
+        clock_gettime(clock, &t);
+        return std::chrono::seconds(t.tv_sec) + std::chrono::nanoseconds(t.tv_nsec);
+    }
 };
 
 // The region at work is one word, `tasks << 32 | next`. A claim is a fetch_add on it and is valid
@@ -77,22 +88,30 @@ class Pool {
         int64_t mine = 0;
         while (run_one()) ++mine;
         wait_for_all(uint64_t(n), mine ? (Clock::now() - began) / mine : Clock::duration::zero());
+        if (failed_.exchange(false)) std::rethrow_exception(std::exchange(error_, nullptr));
     }
 
   private:
     // `usual`: how long a task takes this thread, 0 if it had none.
     void wait_for_all(uint64_t n, Clock::duration usual) {
-        const auto began = Clock::now();
-        for (bool watch = usual.count() > 0; done_.value.load(std::memory_order_acquire) != n;) {
+        auto next = Clock::now() + 3 * usual + kStall;
+        int looks = usual.count() > 0 ? 0 : 2;
+        while (done_.value.load(std::memory_order_acquire) != n) {
             for (int i = 0; i < 64 && done_.value.load(std::memory_order_acquire) != n; ++i) relax();
-            if (!watch || Clock::now() - began < 3 * usual + kStall) continue;
-            watch = false;
-            for (Worker& w : workers_) send_to_rest(w);
+            if (looks == 2 || Clock::now() < next) continue;
+            for (Worker& w : workers_)
+                if (looks == 0)
+                    w.computed = w.processor_time();
+                else
+                    send_to_rest(w);
+            ++looks;
+            next = Clock::now() + kLook;
         }
     }
 
     void send_to_rest(Worker& w) {
         if (!w.busy.load(std::memory_order_acquire) || w.resting.load(std::memory_order_acquire)) return;
+        if (w.processor_time() - w.computed > kLook / 2) return;  // it has a long task
         const auto now = Clock::now();
         // stalled again soon after it came back: its core is still taken
         w.rest = now - w.back < 4 * kShortestRest ? std::min(2 * w.rest, kLongestRest) : kShortestRest;
@@ -107,7 +126,11 @@ class Pool {
         if (!open(claim_.value.load(std::memory_order_acquire))) return false;
         const uint64_t claim = claim_.value.fetch_add(1, std::memory_order_acq_rel);
         if (!open(claim)) return false;
-        fn_(context_, int64_t(uint32_t(claim)));
+        try {
+            fn_(context_, int64_t(uint32_t(claim)));
+        } catch (...) {  // no memory, most likely; told to the caller when nobody is at work any more
+            if (!failed_.exchange(true)) error_ = std::current_exception();
+        }
         done_.value.fetch_add(1, std::memory_order_release);
         return true;
     }
@@ -146,6 +169,7 @@ class Pool {
         Worker& worker = workers_.emplace_back();
         const int index = int(workers_.size());
         std::thread thread([this, index, &worker] { work(index, worker); });
+        pthread_getcpuclockid(thread.native_handle(), &worker.clock);
         pin(thread, index);
         thread.detach();
     }
@@ -168,6 +192,8 @@ class Pool {
     std::atomic<uint32_t> wake_{0};
     std::atomic<int> sleepers_{0};
     std::atomic<int> active_{1};
+    std::atomic<bool> failed_{false};
+    std::exception_ptr error_;  // of the first task that has failed
     std::mutex region_;
     std::deque<Worker> workers_;  // started so far, from thread 1 on: the caller is thread 0
 };

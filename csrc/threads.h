@@ -13,7 +13,8 @@ void set_threads(int n);
 int get_threads();
 int hardware_threads();  // processors that this process may use, and has the quota to use
 
-// Runs fn(context, task) for task 0..n-1 and returns when all are done. Regions of several callers
+// Runs fn(context, task) for task 0..n-1 and returns when all are done; of the exceptions that tasks
+// end with, the first is thrown then. Regions of several callers
 // run one after another; a region must not start another. Scratch memory of a task belongs in
 // thread_local storage: how many threads take part is settled only while it runs.
 void run_tasks(int64_t n, TaskFn fn, void* context);

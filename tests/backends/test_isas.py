@@ -23,7 +23,10 @@ def test_kernels_on(isa: str) -> None:
         pytest.skip(f"this processor has no {isa}")
     assert found.stdout.strip() == isa, found.stderr
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-qxp", "no:cacheprovider", TESTS / "test_cpu_kernels.py"],
+        [
+            sys.executable, "-m", "pytest", "-qxp", "no:cacheprovider",
+            TESTS / "test_cpu_kernels.py", TESTS.parent / "engine" / "test_fused.py",
+        ],
         env=env, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

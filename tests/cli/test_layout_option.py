@@ -50,6 +50,16 @@ def test_verbs_keep_packed_weights_if_told_to(
     assert layout.stat().st_mtime_ns == written
 
 
+@pytest.mark.parametrize("name", ["PRONK_LAYOUT_CACHE", "PRONK_FUSED"])
+def test_switches_are_0_or_1(
+    name: str, tiny: str, pronk: Pronk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "yes")
+    ran = pronk("generate", tiny, "a", "--max-tokens", "2")
+    assert ran.code == 2
+    assert f"{name}: 'yes' is neither 0 nor 1; unset it for the default" in ran.err
+
+
 def test_what_cannot_be_written_is_one_line_on_stderr(
     tiny: str, pronk: Pronk, own_cache: Path
 ) -> None:

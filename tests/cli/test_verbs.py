@@ -19,6 +19,7 @@ from engine.tiny_models import CONFIG, write_gguf, write_hf
 from pronk import LLM
 from pronk.checkpoints import pull
 from pronk.checkpoints.catalog import CATALOG, DEFAULT_MODEL, WheelSource
+from pronk.cli.bench import _weights as weights_line
 from pronk.engine.bench import Meter
 
 
@@ -417,6 +418,10 @@ def test_bench_of_the_compiled_core_knows_the_machine(tiny: str, pronk: Pronk) -
             ]
     out = pronk("bench", *options).out
     assert "machine: reads" in out
+    assert result["weight_file_bytes"] == pytest.approx(result["weight_bytes"], rel=0.01)
+    line = out.splitlines()[-1]
+    assert line.startswith("OF BANDWIDTH counts bytes as held in memory: 0.1 MB of weights")
+    assert "in the file" not in line
     assert "OPERATION" not in out
 
 
@@ -433,6 +438,13 @@ def test_bench_profile(tiny: str, pronk: Pronk) -> None:
     out = pronk(*options).out
     assert out.count("OPERATION") == 2
     assert out.index("\nprefill, a step:\n") < out.index("\ndecode, a step:\n")
+
+
+def test_bench_tells_the_bytes_of_the_file_where_memory_has_others() -> None:
+    assert weights_line(110, 100) == (
+        "OF BANDWIDTH counts bytes as held in memory: 0.0 MB of weights"
+    )
+    assert weights_line(2_000_000, 1_000_000).endswith(": 2.0 MB of weights, 1.0 MB in the file")
 
 
 def test_bench_profile_of_plain_numpy(tiny: str, pronk: Pronk) -> None:

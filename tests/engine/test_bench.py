@@ -12,12 +12,13 @@ from pronk.engine.bench import (
     Meter,
     Phase,
     Plan,
+    Recorder,
     Run,
     Subject,
     Timing,
     load_subject,
 )
-from pronk.engine.demand import Demand, Fraction, Limits, Work
+from pronk.engine.demand import Chunk, Demand, Fraction, Limits, total
 from pronk.engine.request import Request
 
 
@@ -76,7 +77,8 @@ def test_decode_writes_what_was_asked(path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(made) == 2 * 3
     assert all((r.n_prompt, r.n_output) == (1, 61) for r in made)
     assert all(not r.preemptions and not r.cached for r in made)
-    assert [(run.tokens, run.timing.steps) for run in phase.runs] == [(3 * 60, 60)]
+    assert [(run.tokens, len(run.work)) for run in phase.runs] == [(3 * 60, 60)]
+    assert phase.runs[0].work == [[Chunk(at, 1, True)] * 3 for at in range(1, 61)]
 
 
 def test_decode_at_a_depth_computes_it_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,38 +99,50 @@ def test_runs_never_share_a_prompt(path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len({tuple(request.ids[:40]) for request in made}) == len(made)
 
 
-def spec(*, by_operation: bool = True) -> Subject:
+def test_what_the_steps_of_a_prompt_computed(path: Path) -> None:
+    """Two sequences of 300 tokens share steps of 512: the first one's answer comes before the
+    second one is read to its end."""
+    plan = Plan(prompt=300, generate=1, batch=2, repeat=1)
+    (run,) = bench.measure_prefill(subject_for(path, plan), plan).runs
+    first, second = Chunk(0, 300, True), Chunk(0, 212, False)
+    assert run.work == [[first, second], [Chunk(212, 88, True)]]
+    assert run.tokens == 600
+
+
+def spec() -> Subject:
     """A subject that nothing runs."""
-    sizes = dict(zip(OPERATION, (1000, 2000, 3000, 4000, 5000), strict=True))
+    sizes = {"wqkv": (400, 600), "wo": (900, 1100), "w_gate_up": (1200, 1800),
+             "w_down": (1500, 2500), "output": (5000,)}  # fmt: skip
     return Subject(
-        engine=None, ops=reference, config=CONFIG, weights=sizes, kv_bytes=100, threads=1,  # type: ignore[arg-type]
-        meter=Meter(reference, 1), by_operation=by_operation,
+        engine=None, recorder=Recorder(None), ops=reference, config=CONFIG, weights=sizes,  # type: ignore[arg-type]
+        file_bytes=9000, kv_bytes=100, threads=1, meter=Meter(reference, 1),
     )  # fmt: skip
 
 
 def test_demand_by_hand() -> None:
     qkv, wo, gate_up, down = 32 * (32 + 16 + 16), 32 * 32, 32 * 128, 64 * 32
     head = 32 * CONFIG.vocab_size
-    prefill = bench._demands(spec(), Work(600, 2, 2, 350, answered=2))
-    assert prefill == {
+    read, pairs = 300 + 212 + 300, 300 * 301 / 2 * 2
+    steps = [[Chunk(0, 300, True), Chunk(0, 212, False)], [Chunk(212, 88, True)]]
+    assert bench._demands(spec(), steps) == {
         "q, k, v": Demand(2 * 1000, 1200 * qkv),
         "attention output": Demand(2 * 2000, 602 * wo),  # the last layer goes on with two rows
         "gate and up": Demand(2 * 3000, 602 * gate_up),
         "down": Demand(2 * 4000, 602 * down),
         "other linear": Demand(2 * 5000, 2 * head),
-        "attention": Demand(2 * 2 * 350 * 100, 1200 * 2 * 350 * 32),
+        "attention": Demand(read * 100, 2 * 2 * pairs * 32),
     }
-    decode = bench._demands(spec(by_operation=False), Work(9, 3, 3, 50, answered=9))
+    decode = total(bench._demands(spec(), [[Chunk(at, 1, True)] * 3 for at in (49, 50, 51)]))
     linear = 2 * 9 * (qkv + wo + gate_up + down) + 9 * head
-    assert decode == {
-        "other linear": Demand(3 * 15_000, linear),
-        "attention": Demand(3 * 3 * 50 * 100, 18 * 2 * 50 * 32),
-    }
+    assert decode == Demand(3 * 15_000 + 9 * 51 * 100, linear + 2 * 2 * 9 * 51 * 32)
+    silent = bench._demands(spec(), [[Chunk(0, 512, False)]])
+    assert [demand.nbytes for demand in silent.values()][:5] == [1000, 900, 1200, 1500, 0]
 
 
 def run_of(seconds: float, limits: Limits | None, **spent: float) -> Run:
     demands = {"down": Demand(2e9, 1e10), "attention": Demand(1e9, 3e10)}
-    return Run(100, Timing(seconds, 10, limits, spent), demands)
+    work = [[Chunk(at, 10, True)] for at in range(10)]
+    return Run(Timing(seconds, limits, spent), work, demands)
 
 
 def test_each_run_is_compared_with_its_own_limits() -> None:
@@ -189,7 +203,9 @@ def test_what_measures_the_bandwidth_counts_as_memory(
         subject_for(path, plan)
 
 
-def test_the_compiled_core_is_measured_by_operation(path: Path) -> None:
+def test_the_compiled_core_is_measured_by_operation(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cpu = pytest.importorskip("pronk.backends.cpu")
     plan = Plan(prompt=40, generate=4, repeat=1)
     subject = load_subject(path, plan, ops=cpu, threads=1, kv_dtype="f16")
@@ -200,10 +216,14 @@ def test_the_compiled_core_is_measured_by_operation(path: Path) -> None:
         assert sum(line.share for line in lines) == pytest.approx(1)
         assert all(line.used for line in lines if line.name in OPERATION.values())
         assert sum(line.seconds for line in lines) == pytest.approx(
-            phase.runs[0].timing.seconds / phase.runs[0].timing.steps
+            phase.runs[0].timing.seconds / len(phase.runs[0].work)
         )
     with pytest.raises(UserError, match="--profile: the backend 'reference' does not tell"):
         bench.check_profile(reference)
+    bench.check_profile(cpu)
+    monkeypatch.setenv("PRONK_FUSED", "0")
+    with pytest.raises(UserError, match="--profile: PRONK_FUSED is 0"):
+        bench.check_profile(cpu)
 
 
 def test_sizes_of_a_real_subject(path: Path) -> None:
@@ -211,8 +231,9 @@ def test_sizes_of_a_real_subject(path: Path) -> None:
     subject = subject_for(path, plan)
     linear = CONFIG.n_params - 32 * CONFIG.vocab_size - 5 * 32  # neither embedding nor norms
     assert subject.weight_bytes == 4 * linear
-    assert subject.weights["wqkv"] == 4 * 2 * 32 * 64
-    assert subject.weights["output"] == 4 * 32 * CONFIG.vocab_size
+    assert subject.file_bytes == 4 * linear
+    assert subject.weights["wqkv"] == [4 * 32 * 64] * 2
+    assert subject.weights["output"] == [4 * 32 * CONFIG.vocab_size]
     assert subject.kv_bytes == 2 * 2 * 2 * 8 * 4  # layers, K and V, heads, size, float32
 
 

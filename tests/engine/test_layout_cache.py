@@ -197,6 +197,14 @@ def test_another_version_of_the_layouts(model: Path, monkeypatch: pytest.MonkeyP
     assert told.has_written()
 
 
+def test_another_way_to_read_tensors(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(model, Told())
+    monkeypatch.setattr(layouts, "READER_VERSION", layouts.READER_VERSION + 1)
+    told = Told()
+    load(model, told)
+    assert told.has_written()
+
+
 def test_links_to_a_model_share_its_packed_weights(model: Path, folder: Path) -> None:
     load(model, Told())
     link = model.with_name("link.gguf")

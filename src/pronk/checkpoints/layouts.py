@@ -31,6 +31,7 @@ from pronk.backends.protocol import U8
 from pronk.checkpoints import cache
 from pronk.checkpoints.checkpoint import Checkpoint
 from pronk.checkpoints.mapped import MappedFile
+from pronk.checkpoints.names import READER_VERSION
 from pronk.core.errors import CheckpointError, UserError
 from pronk.core.progress import Progress
 
@@ -175,6 +176,7 @@ def _source_of(checkpoint: Checkpoint, version: int) -> dict[str, Any]:
     """What packed bytes depend on, as JSON values."""
     return {
         "version": version,
+        "reader": READER_VERSION,
         "config": repr(checkpoint.config),  # the number of heads tells the order of rows
         "files": [list(file) for file in checkpoint.files()],
     }
@@ -194,7 +196,7 @@ class _File:
             raise ValueError("too short")
         magic, start, length, crc = _HEAD.unpack(head)
         text = self._map.bytes(start, min(length, _MAX_INDEX))
-        if magic != _MAGIC or zlib.crc32(text) != crc:
+        if magic != _MAGIC or len(text) != length or zlib.crc32(text) != crc:
             raise ValueError("not whole")
         content = json.loads(text)
         self.source: dict[str, Any] = content["source"]

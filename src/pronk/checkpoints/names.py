@@ -100,6 +100,12 @@ def rotated_heads(name: str, config: ModelConfig) -> int:
     return {"wq": config.n_heads, "wk": config.n_kv_heads}.get(part, 0)
 
 
+READER_VERSION: Final = 1
+"""Of what a reader makes of a file's tensors. Raise it whenever the same file gives other rows than
+before (another permutation, another tensor behind a name): packed weights that are kept on disk
+were made from the old ones."""
+
+
 def to_interleaved(rows: U8, heads: int) -> U8:
     """A copy of raw rows `[heads * K, bytes]` in Meta's order, from Hugging Face's.
 

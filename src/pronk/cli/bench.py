@@ -13,6 +13,7 @@ from pronk.cli.common import (
     check_threads,
     columns,
     emit,
+    human_bytes,
     json_option,
     load_options,
     text,
@@ -69,8 +70,8 @@ def bench(
     """Measure prefill and decode speed.
 
     Before and after each run the machine's memory bandwidth and int8 rate are measured, and each
-    speed is also given as the fraction of them that it uses. With several runs the medians count,
-    of speeds and of fractions.
+    speed is also given as the fraction of them that it uses, counting bytes as they are held in
+    memory. With several runs the medians count, of speeds and of fractions.
     """
     from pronk.engine.bench import Plan
 
@@ -113,6 +114,7 @@ def run_bench(
         "model": model,
         "parameters": subject.config.n_params,
         "weight_bytes": subject.weight_bytes,
+        "weight_file_bytes": subject.file_bytes,
         "prompt": plan.prompt,
         "generate": plan.generate,
         "depth": plan.depth,
@@ -202,9 +204,15 @@ def _print(result: dict[str, Any]) -> None:
             f" {result['int8_macs_per_s'] / 1e9:.0f} G int8 multiply-accumulates/s;"
             f" peak memory {result['peak_memory_bytes'] / 1e6:.0f} MB"
         )
+        click.echo(_weights(result["weight_bytes"], result["weight_file_bytes"]))
     for phase in ("prefill", "decode"):
         if profile := result[phase].get("profile"):
             click.echo(f"\n{phase}, a step:\n{_profile(profile)}")
+
+
+def _weights(held: int, stored: int) -> str:
+    words = f"OF BANDWIDTH counts bytes as held in memory: {human_bytes(held)} of weights"
+    return words + f", {human_bytes(stored)} in the file" * (abs(held - stored) > 0.1 * stored)
 
 
 _FRACTIONS = ("OF BANDWIDTH", "OF INT8 RATE")

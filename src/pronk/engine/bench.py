@@ -19,13 +19,25 @@ from pronk.checkpoints.open import open_checkpoint
 from pronk.core.config import ModelConfig
 from pronk.core.errors import MemoryLimitError, UserError
 from pronk.core.progress import Progress, silent
+from pronk.core.switches import switch
 from pronk.engine.blocks import blocks_for
-from pronk.engine.demand import Demand, Fraction, Limits, Work, demands, total
-from pronk.engine.engine import Engine, pending
+from pronk.engine.demand import (
+    Chunk,
+    Demand,
+    Fraction,
+    Limits,
+    Step,
+    Weights,
+    demands,
+    total,
+    weight_bytes,
+)
+from pronk.engine.engine import Computes, Engine, pending
 from pronk.engine.load import MERGED, LoadOps, load_model, need_of, use_threads
 from pronk.engine.memory import Need, free_memory
 from pronk.engine.request import Request, SamplingParams
 from pronk.engine.runner import Runner
+from pronk.engine.scheduler import Outcome, Slice
 
 STEP_TOKENS = 512
 """Most rows of a step, as everywhere in the engine."""
@@ -60,7 +72,6 @@ class Timing:
     """How long it took until some requests had ended."""
 
     seconds: float
-    steps: int
     limits: Limits | None
     """The mean of what was measured before and after; None where the backend cannot measure."""
     spent: Mapping[str, float]
@@ -71,10 +82,14 @@ class Timing:
 class Run:
     """One measured run of one phase."""
 
-    tokens: int
     timing: Timing
+    work: Sequence[Step]
     demands: Mapping[str, Demand]
     """What was asked of the machine, by operation."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(chunk.n for step in self.work for chunk in step)
 
     @property
     def rate(self) -> float:
@@ -129,8 +144,8 @@ class Phase:
 
     def profile(self) -> list[Operation]:
         """The operations that took time, the longest first, and last what is none of them."""
-        timings = [run.timing for run in self.runs]
-        total, steps = sum(t.seconds for t in timings), sum(t.steps for t in timings)
+        timings, steps = [run.timing for run in self.runs], sum(len(r.work) for r in self.runs)
+        total = sum(t.seconds for t in timings)
         spent = {name: sum(t.spent[name] for t in timings) for name in timings[0].spent}
         ranked = sorted(((n, s) for n, s in spent.items() if s), key=lambda item: -item[1])
         return [
@@ -170,26 +185,43 @@ class Meter:
         )
 
 
+class Recorder:
+    """Runs a model and keeps what each step computed."""
+
+    def __init__(self, model: Computes) -> None:
+        self._model = model
+        self._steps: list[Step] = []
+
+    def take(self) -> list[Step]:
+        """The steps since the last call."""
+        taken, self._steps = self._steps, []
+        return taken
+
+    def run(self, slices: Sequence[Slice]) -> Sequence[Outcome]:
+        self._steps.append([Chunk(s.start, s.n, s.sample) for s in slices])
+        return self._model.run(slices)
+
+
 @dataclass(frozen=True, slots=True)
 class Subject:
     """A loaded model with a KV cache that holds a whole plan, so that nothing is preempted."""
 
     engine: Engine
+    recorder: Recorder
     ops: Ops
     config: ModelConfig
-    weights: Mapping[str, int]
-    """Bytes of the linear weights as the backend holds them, all layers together; the names are
-    those of OPERATION."""
+    weights: Weights
+    """As the backend holds them in memory, which is what its kernels read."""
+    file_bytes: int
+    """Of the same weights as their file has them."""
     kv_bytes: float
     """Keys and values of one position."""
     threads: int
     meter: Meter
-    by_operation: bool
-    """Whether the backend's profile tells the products with the weights apart."""
 
     @property
     def weight_bytes(self) -> int:
-        return sum(self.weights.values())
+        return weight_bytes(self.weights)
 
 
 def load_subject(
@@ -212,7 +244,10 @@ def load_subject(
         threads = use_threads(ops, threads)
         meter = Meter(ops, threads)
         _check_memory(need, plan, kv_dtype, meter)
-        sizes = _weight_bytes(checkpoint, ops)
+        held = weight_sizes(
+            checkpoint, lambda n: ops.packed_bytes(checkpoint.kind(n), *checkpoint.shape(n))
+        )
+        file_bytes = weight_bytes(weight_sizes(checkpoint, checkpoint.stored_bytes))
         weights = load_model(
             checkpoint,
             ops,
@@ -225,8 +260,9 @@ def load_subject(
         ops, config, weights, n_blocks=n_blocks, n_tokens=config.vocab_size, threads=threads,
         kv_dtype=kv_dtype,
     )  # fmt: skip
+    recorder = Recorder(runner)
     engine = Engine(
-        runner,
+        recorder,
         vocab_size=config.vocab_size,
         context=plan.context,
         n_blocks=n_blocks,
@@ -234,8 +270,7 @@ def load_subject(
         token_budget=budget,
     )
     kv_bytes = need.kv_bytes(1, kv_dtype) / BLOCK
-    fused = weights.stack is not None
-    return Subject(engine, ops, config, sizes, kv_bytes, threads, meter, fused)
+    return Subject(engine, recorder, ops, config, held, file_bytes, kv_bytes, threads, meter)
 
 
 def _check_context(plan: Plan, config: ModelConfig) -> None:
@@ -257,23 +292,26 @@ def _check_memory(need: Need, plan: Plan, kv_dtype: KvDtype, meter: Meter) -> No
         )
 
 
-def _weight_bytes(checkpoint: Checkpoint, ops: LoadOps) -> dict[str, int]:
-    def packed(name: str) -> int:
-        return ops.packed_bytes(checkpoint.kind(name), *checkpoint.shape(name))
-
+def weight_sizes(checkpoint: Checkpoint, size: Callable[[str], int]) -> Weights:
+    """`size` of each tensor by name, for the linear weights."""
     layers = range(checkpoint.config.n_layers)
     sizes = {
-        name: sum(packed(f"layers.{i}.{part}") for i in layers for part in parts)
+        name: [sum(size(f"layers.{i}.{part}") for part in parts) for i in layers]
         for name, parts in MERGED.items()
     }
-    return sizes | {"output": packed("embed" if checkpoint.config.tied_embeddings else "output")}
+    return sizes | {"output": [size("embed" if checkpoint.config.tied_embeddings else "output")]}
 
 
 def check_profile(ops: Ops) -> None:
-    """Raises UserError for a backend that does not tell where its time goes."""
+    """Raises UserError where the backend does not tell where its time goes."""
     if not hasattr(ops, "take_profile"):
         raise UserError(
             f"--profile: the backend {ops.name!r} does not tell where its time goes; use 'cpu'"
+        )
+    if not switch("PRONK_FUSED", default=True):
+        raise UserError(
+            "--profile: PRONK_FUSED is 0, and only layers that run as one call tell where their"
+            " time goes; unset it"
         )
 
 
@@ -314,11 +352,7 @@ def prefill_run(subject: Subject, plan: Plan, n: int) -> Run:
     ]
     for request in requests:
         subject.engine.add(request)
-    timing = _timed(subject, requests)
-    tokens = sum(r.n_prompt - (r.cached or 0) for r in requests)
-    context = plan.depth + plan.prompt / 2
-    work = Work(tokens, timing.steps, plan.batch, context, answered=plan.batch)
-    return Run(tokens, timing, _demands(subject, work))
+    return _timed(subject, requests)
 
 
 def decode_run(subject: Subject, plan: Plan, n: int = 0) -> Run:
@@ -332,26 +366,23 @@ def decode_run(subject: Subject, plan: Plan, n: int = 0) -> Run:
         subject.engine.add(request)
     while pending(requests) and not all(request.n_output for request in requests):
         subject.engine.step()
-    before = sum(r.n_output for r in requests)
-    timing = _timed(subject, requests)
-    tokens = sum(r.n_output for r in requests) - before
-    context = max(plan.depth, 1) + plan.generate / 2
-    work = Work(tokens, timing.steps, plan.batch, context, answered=tokens)
-    return Run(tokens, timing, _demands(subject, work))
+    return _timed(subject, requests)
 
 
-def _timed(subject: Subject, requests: Sequence[Request]) -> Timing:
+def _timed(subject: Subject, requests: Sequence[Request]) -> Run:
     """Steps until all requests have ended."""
     take_profile = getattr(subject.ops, "take_profile", dict)
     before = subject.meter.read()
     take_profile()  # what came before is none of this
-    steps, began = 0, time.perf_counter()
+    subject.recorder.take()
+    began = time.perf_counter()
     while pending(requests):
         subject.engine.step()
-        steps += 1
     seconds = time.perf_counter() - began
     spent: dict[str, float] = take_profile()
-    return Timing(seconds, steps, _mean(before, subject.meter.read()), spent)
+    steps = subject.recorder.take()
+    timing = Timing(seconds, _mean(before, subject.meter.read()), spent)
+    return Run(timing, steps, _demands(subject, steps))
 
 
 def _mean(before: Limits | None, after: Limits | None) -> Limits | None:
@@ -360,13 +391,10 @@ def _mean(before: Limits | None, after: Limits | None) -> Limits | None:
     return Limits((before.bandwidth + after.bandwidth) / 2, (before.int8 + after.int8) / 2)
 
 
-def _demands(subject: Subject, work: Work) -> dict[str, Demand]:
+def _demands(subject: Subject, steps: Sequence[Step]) -> dict[str, Demand]:
     """By the names of the backend's profile."""
-    parts = demands(subject.config, subject.weights, subject.kv_bytes, work)
-    attention = {"attention": parts.pop("attention")}
-    if not subject.by_operation:
-        return {"other linear": total(parts)} | attention
-    return {OPERATION[name]: demand for name, demand in parts.items()} | attention
+    parts = demands(subject.config, subject.weights, subject.kv_bytes, steps)
+    return {OPERATION.get(name, name): demand for name, demand in parts.items()}
 
 
 def _greedy(n: int) -> SamplingParams:

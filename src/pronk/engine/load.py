@@ -1,7 +1,6 @@
 """From an opened checkpoint to what the engine runs: weights of a backend, a tokenizer, and the
 sampling values that the model's makers recommend."""
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from pronk.checkpoints.mapped import read_json
 from pronk.core.config import ModelConfig
 from pronk.core.errors import CheckpointError, UserError
 from pronk.core.progress import Progress, silent
+from pronk.core.switches import switch
 from pronk.engine.memory import Need
 from pronk.model.llama import LayerWeights, LlamaWeights
 from pronk.model.rope import rope_table
@@ -106,10 +106,12 @@ def load_model(
     `fused`: whether the layers run as the one call that some backends have; None: where there is
     one, unless the environment variable PRONK_FUSED is 0. `layout_cache`: whether packed weights
     are kept on disk and mapped by later starts; None: if PRONK_LAYOUT_CACHE is 1. Progress is in
-    bytes of the checkpoint."""
+    bytes of the checkpoint. UserError where one of the variables is neither 0 nor 1."""
     config = checkpoint.config
     if layout_cache is None:
-        layout_cache = os.environ.get("PRONK_LAYOUT_CACHE") == "1"
+        layout_cache = switch("PRONK_LAYOUT_CACHE", default=False)
+    if fused is None:
+        fused = switch("PRONK_FUSED", default=True)
     packed = _layout_cache(checkpoint, ops, progress) if layout_cache else None
     loader = _Loader(checkpoint, ops, packed, progress)
     weights = LlamaWeights(
@@ -120,8 +122,6 @@ def load_model(
         cos_sin=ops.from_host(rope_table(config, n_positions)),
     )
     make_stack = getattr(ops, "make_stack", None)
-    if fused is None:
-        fused = os.environ.get("PRONK_FUSED") != "0"
     if make_stack is not None and fused:
         stack = make_stack(config, weights.layers, weights.norm, weights.cos_sin)
         weights = replace(weights, stack=stack)
