@@ -101,7 +101,7 @@ def measure_perplexity(
     Memory: the logits of one window, of two with a reference: 4 ctx V bytes each.
     """
     bos = [] if bos_id is None else [bos_id]
-    scores: list[_Scores] = []
+    scores: list[Scores] = []
     plan = list(windows(len(ids), ctx, stride, bos=bool(bos)))
     for done, window in enumerate(plan):
         progress(done, len(plan), "scoring")
@@ -110,13 +110,13 @@ def measure_perplexity(
         targets = np.array(tokens[first + 1 :])
         model_NV = predict(tokens)[first:-1]
         reference_NV = None if reference is None else reference(tokens)[first:-1]
-        scores.append(_score(targets, model_NV, reference_NV))
+        scores.append(score(targets, model_NV, reference_NV))
     progress(len(plan), len(plan), "scoring")
-    return _summary(scores)
+    return summary(scores)
 
 
 @dataclass(frozen=True, slots=True)
-class _Scores:
+class Scores:
     """Of the N scored tokens of a window: natural log probabilities and, against a reference, KL
     divergences and whether the likeliest tokens agree."""
 
@@ -126,7 +126,7 @@ class _Scores:
     agree_N: npt.NDArray[np.bool_]
 
 
-def _score(targets_N: npt.NDArray[np.int_], q_NV: F32, p_NV: F32 | None) -> _Scores:
+def score(targets_N: npt.NDArray[np.int_], q_NV: F32, p_NV: F32 | None) -> Scores:
     parts = []
     for at in range(0, len(targets_N), _ROWS):
         rows = slice(at, at + _ROWS)
@@ -141,7 +141,7 @@ def _score(targets_N: npt.NDArray[np.int_], q_NV: F32, p_NV: F32 | None) -> _Sco
         kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
         agree = log_p.argmax(axis=1) == log_q.argmax(axis=1)
         parts.append((chosen, log_p[np.arange(len(targets)), targets], kl, agree))
-    return _Scores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return Scores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def log_softmax(logits_NV: F32) -> F64:
@@ -151,16 +151,16 @@ def log_softmax(logits_NV: F32) -> F64:
     return shifted
 
 
-def _summary(scores: list[_Scores]) -> Perplexity:
-    logprobs = np.concatenate([score.logprobs_N for score in scores])
-    kl = np.concatenate([score.kl_N for score in scores])
+def summary(scores: list[Scores]) -> Perplexity:
+    logprobs = np.concatenate([part.logprobs_N for part in scores])
+    kl = np.concatenate([part.kl_N for part in scores])
     perplexity = _exp(-logprobs.mean())
     n = len(logprobs)
     error = perplexity * float(logprobs.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
     if not len(kl):
         return Perplexity(perplexity, error, n)
-    reference = np.concatenate([score.reference_logprobs_N for score in scores])
-    agree = np.concatenate([score.agree_N for score in scores])
+    reference = np.concatenate([part.reference_logprobs_N for part in scores])
+    agree = np.concatenate([part.agree_N for part in scores])
     comparison = Comparison(
         reference_perplexity=_exp(-reference.mean()),
         kl_divergence=float(kl.mean()),
