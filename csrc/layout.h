@@ -106,6 +106,8 @@ constexpr int kSpanInputs = kSpan * kBlock;
 
 static constexpr int64_t spans_of(int64_t k) { return (k + kSpanInputs - 1) / kSpanInputs; }
 
+constexpr int64_t kMaxRows = 512;  // of one pass of a linear layer: bounds the scratch
+
 struct QuantizedRows {
     const int8_t *q, *fine;  // [spans][T][256]
     const RowBlock* blocks;  // [spans][T][8]

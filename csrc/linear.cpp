@@ -9,7 +9,6 @@
 namespace pronk {
 namespace {
 
-constexpr int64_t kMaxRows = 512;  // rows of one pass: bounds the scratch
 
 // Kept by the calling thread from one call to the next.
 struct Buffers {

@@ -15,11 +15,11 @@ namespace {
 // their panels from memory; more rows take kVectors at a time and go over a span of panels, which
 // stays in the L1 cache, again and again.
 #if defined(__AVX512VNNI__)
-constexpr int kFewRows = 3, kFewVectors = 4, kTileRows = 5, kVectors = 2, kDenseRows = 6;
+constexpr int kFewRows = 3, kFewVectors = 4, kTileRows = 5, kVectors = 2, kFineRows = 4, kDenseRows = 6;
 #elif defined(__AVX2__)
-constexpr int kFewRows = 2, kFewVectors = 4, kTileRows = 4, kVectors = 2, kDenseRows = 4;
+constexpr int kFewRows = 2, kFewVectors = 4, kTileRows = 4, kVectors = 2, kFineRows = 4, kDenseRows = 4;
 #else
-constexpr int kFewRows = 1, kFewVectors = 4, kTileRows = 2, kVectors = 4, kDenseRows = 2;
+constexpr int kFewRows = 1, kFewVectors = 4, kTileRows = 2, kVectors = 4, kFineRows = 2, kDenseRows = 2;
 #endif
 constexpr int kPerPanel = kPanel / W;  // vectors of a panel
 constexpr int kGroupPanels = 4;        // panels that a task's inner loop covers
@@ -95,18 +95,25 @@ PRONK_INLINE float first_of(const RowBlock& row) {
     return (float(row.q_first) + fine * 0.00390625f) * row.scale;
 }
 
-// total + the share of one block in the outputs of a vector. `fine`: the integer sums count 1/256.
+// Adds the integer sums of one block to a total.
 template <Pack P>
-PRONK_INLINE vf add_block(vf total, const vi* isum, const BlockScales<P>& s, const RowBlock& row, bool fine) {
+PRONK_INLINE vf add_block(vf total, const vi* isum, const BlockScales<P>& s, const RowBlock& row) {
     constexpr PackInfo info = pack_info(P);
     const float first = info.mins && info.scales == 2 ? first_of(row) : 0.0f;
     const float x_sum[2] = {info.scales == 1 ? row.sum : first, row.sum - first};
 #pragma GCC unroll 2
     for (int sub = 0; sub < info.scales; ++sub) {
-        const vf sum = to_float(isum[sub]);
-        total = fma(fine ? sum * 0.00390625f : sum, s.scale[sub] * row.scale, total);
+        total = fma(to_float(isum[sub]), s.scale[sub] * row.scale, total);
         if constexpr (info.mins) total = fma(s.min[sub], splat(x_sum[sub]), total);
     }
+    return total;
+}
+
+// The same for the fine parts, which count 1/256; minimums are in already.
+template <Pack P>
+PRONK_INLINE vf add_fine(vf total, const vi* isum, const BlockScales<P>& s, const RowBlock& row) {
+    for (int sub = 0; sub < pack_info(P).scales; ++sub)
+        total = fma(to_float(isum[sub]), s.scale[sub] * (row.scale * 0.00390625f), total);
     return total;
 }
 
@@ -116,15 +123,15 @@ PRONK_INLINE int32_t dword(const int8_t* p) {
     return a;
 }
 
-// Integer sums of a tile: `start(m, v, sub)` plus codes times bytes of the activations (32 of each row).
-template <Pack P, int MR, int NV, class Code, class Start>
-PRONK_INLINE void dot_fours(const int8_t* x, Code&& code, Start&& start, vi (&isum)[MR][NV][pack_info(P).scales]) {
+// Integer sums of a tile: `start(m, sub)` plus codes times 32 bytes of row m, which are at `x(m)`.
+template <Pack P, int MR, int NV, class X, class Code, class Start>
+PRONK_INLINE void dot_fours(X&& x, Code&& code, Start&& start, vi (&isum)[MR][NV][pack_info(P).scales]) {
     constexpr int kHalf = kGroups / pack_info(P).scales;
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v)
-            for (int sub = 0; sub < pack_info(P).scales; ++sub) isum[m][v][sub] = start(m, v, sub);
+            for (int sub = 0; sub < pack_info(P).scales; ++sub) isum[m][v][sub] = start(m, sub);
 #pragma GCC unroll 8
     for (int g = 0; g < kGroups; ++g) {
         vb c[NV];
@@ -134,7 +141,7 @@ PRONK_INLINE void dot_fours(const int8_t* x, Code&& code, Start&& start, vi (&is
         for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v)
-                isum[m][v][g / kHalf] = dot4(isum[m][v][g / kHalf], c[v], dword(x + m * kSpanInputs + 4 * g));
+                isum[m][v][g / kHalf] = dot4(isum[m][v][g / kHalf], c[v], dword(x(m) + 4 * g));
     }
 }
 
@@ -144,8 +151,8 @@ template <Pack P>
 constexpr int kGroupsIn16Bits = P == Pack::Q6K ? 2 : P == Pack::Q5K ? 4 : 8;
 
 // The same for small codes. Sums of 32 bits begin when those of 16 are done: there are few registers.
-template <Pack P, int MR, int NV, class Code, class Start>
-PRONK_INLINE void dot_pairs(const int8_t* x, Code&& code, Start&& start, vi (&isum)[MR][NV][pack_info(P).scales]) {
+template <Pack P, int MR, int NV, class X, class Code, class Start>
+PRONK_INLINE void dot_pairs(X&& x, Code&& code, Start&& start, vi (&isum)[MR][NV][pack_info(P).scales]) {
     constexpr int kHalf = kGroups / pack_info(P).scales, kTogether = kGroupsIn16Bits<P>;
 #pragma GCC unroll 8
     for (int g0 = 0; g0 < kGroups; g0 += kTogether) {
@@ -158,21 +165,21 @@ PRONK_INLINE void dot_pairs(const int8_t* x, Code&& code, Start&& start, vi (&is
 #pragma GCC unroll 8
             for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
-                for (int v = 0; v < NV; ++v) pairs[m][v] += multiply_pairs(c[v], dword(x + m * kSpanInputs + 4 * g));
+                for (int v = 0; v < NV; ++v) pairs[m][v] += multiply_pairs(c[v], dword(x(m) + 4 * g));
         }
 #pragma GCC unroll 8
         for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v) {
-                const vi before = g0 % kHalf ? isum[m][v][g0 / kHalf] : start(m, v, g0 / kHalf);
+                const vi before = g0 % kHalf ? isum[m][v][g0 / kHalf] : start(m, g0 / kHalf);
                 isum[m][v][g0 / kHalf] = before + add_pairs(pairs[m][v]);
             }
     }
 }
 #endif
 
-template <Pack P, int MR, int NV, class Code, class Start>
-PRONK_INLINE void dot_block(const int8_t* x, Code&& code, Start&& start, vi (&isum)[MR][NV][pack_info(P).scales]) {
+template <Pack P, int MR, int NV, class X, class Code, class Start>
+PRONK_INLINE void dot_block(X&& x, Code&& code, Start&& start, vi (&isum)[MR][NV][pack_info(P).scales]) {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
     if constexpr (kSmallCodes<P>)
         dot_pairs<P, MR, NV>(x, code, start, isum);
@@ -204,52 +211,79 @@ PRONK_INLINE int32_t start_of(int32_t whole, int32_t first, int sub) {
     return -info.zero * (info.scales == 1 ? whole : sub == 0 ? first : whole - first);
 }
 
-// Adds the fine part of a row to its integer sums, which count 1/256 from then on.
-template <Pack P, int NV, class Code>
-PRONK_INLINE void add_fine(const RowBlock& row, const int8_t* fine, Code&& code, vi (&isum)[NV][pack_info(P).scales]) {
-    constexpr int kScales = pack_info(P).scales;
-    vi sums[1][NV][kScales];
-    const auto start = [&](int, int v, int sub) { return (isum[v][sub] << 8) + start_of<P>(row.fine_sum, row.fine_first, sub); };
-    dot_block<P, 1, NV>(fine, code, start, sums);
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v)
-#pragma GCC unroll 2
-        for (int sub = 0; sub < kScales; ++sub) isum[v][sub] = sums[0][v][sub];
-}
-
 // A tile of MR rows by NV vectors over block i of a span: `code(v, g)` yields codes, `scales(v)` scales.
 template <Pack P, int MR, int NV, class Code, class Scale>
 PRONK_INLINE void tile_block(const TileRows& rows, int i, Code&& code, Scale&& scales, vf (&total)[MR][NV]) {
-    constexpr int kScales = pack_info(P).scales;
     const RowBlock* row = rows.blocks + i;
-    int32_t largest = kNoFine;
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) largest = row[m * kSpan].fine_sum > largest ? row[m * kSpan].fine_sum : largest;
-    vi isum[MR][NV][kScales];
-    const auto start = [&](int m, int, int sub) {
+    vi isum[MR][NV][pack_info(P).scales];
+    const auto start = [&](int m, int sub) {
         return splat(start_of<P>(row[m * kSpan].q_sum, row[m * kSpan].q_first, sub));
     };
-    dot_block<P, MR, NV>(rows.q + i * kBlock, code, start, isum);
-    if (__builtin_expect(largest == kNoFine, true)) {
+    dot_block<P, MR, NV>([&](int m) { return rows.q + m * kSpanInputs + i * kBlock; }, code, start, isum);
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) {
-            const BlockScales<P>& s = scales(v);
+    for (int v = 0; v < NV; ++v) {
+        const BlockScales<P>& s = scales(v);
 #pragma GCC unroll 8
-            for (int m = 0; m < MR; ++m) total[m][v] = add_block<P>(total[m][v], isum[m][v], s, row[m * kSpan], false);
-        }
-        return;
+        for (int m = 0; m < MR; ++m) total[m][v] = add_block<P>(total[m][v], isum[m][v], s, row[m * kSpan]);
     }
+}
+
+// The fine parts of block i of MR rows, any ones of a span: `at[m]` is the number of row m, totals
+// are in out [rows][kGroupRows].
+template <Pack P, int MR, int NV, class Code, class Scale>
+PRONK_INLINE void fine_block(const TileRows& rows, int i, const uint16_t* at, Code&& code, Scale&& scales, float* out) {
+    vi isum[MR][NV][pack_info(P).scales];
+    const auto row = [&](int m) -> const RowBlock& { return rows.blocks[at[m] * kSpan + i]; };
+    const auto start = [&](int m, int sub) { return splat(start_of<P>(row(m).fine_sum, row(m).fine_first, sub)); };
+    dot_block<P, MR, NV>([&](int m) { return rows.fine + at[m] * kSpanInputs + i * kBlock; }, code, start, isum);
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-        const bool fine = row[m * kSpan].fine_sum != kNoFine;
-        if (fine) add_fine<P, NV>(row[m * kSpan], rows.fine + m * kSpanInputs + i * kBlock, code, isum[m]);
+    for (int v = 0; v < NV; ++v) {
+        const BlockScales<P>& s = scales(v);
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v)
-            total[m][v] = add_block<P>(total[m][v], isum[m][v], scales(v), row[m * kSpan], fine);
+        for (int m = 0; m < MR; ++m) {
+            float* total = out + at[m] * kGroupRows + v * W;
+            store(total, add_fine<P>(load_f32(total), isum[m][v], s, row(m)));
+        }
     }
 }
 
 // ---- a few rows: panels streamed from memory -----------------------------------------------------
+
+PRONK_INLINE bool any_fine(const TileRows& rows, int count, int n) {
+    int largest = kNoFine;
+    for (int m = 0; m < count; ++m)
+        for (int i = 0; i < n; ++i) {
+            const int sum = rows.blocks[m * kSpan + i].fine_sum;
+            largest = sum > largest ? sum : largest;
+        }
+    return largest != kNoFine;
+}
+
+// Adds the fine parts of a span, which begins at `head` in the first panel, to the totals.
+template <Pack P, int MR, int NV>
+__attribute__((noinline)) void stream_fine(const TileRows& rows, int n, const uint8_t* head, size_t stride,
+                                           vf (&total)[MR][NV]) {
+    constexpr PackInfo info = pack_info(P);
+    float out[MR * kGroupRows];
+    for (int m = 0; m < MR; ++m)
+        for (int v = 0; v < NV; ++v) store(out + m * kGroupRows + v * W, total[m][v]);
+    const uint8_t* const super = head;
+    head += info.super_bytes;
+    for (int i = 0; i < n; ++i, head += info.head_bytes + info.code_bytes)
+        for (uint16_t m = 0; m < MR; ++m) {
+            if (rows.blocks[m * kSpan + i].fine_sum == kNoFine) continue;
+            const uint8_t* body = head + info.head_bytes;
+            fine_block<P, 1, NV>(
+                rows, i, &m, [&](int v, int g) { return codes<P>(body + v / kPerPanel * stride, v % kPerPanel, g); },
+                [&](int v) {
+                    const size_t offset = v / kPerPanel * stride;
+                    return block_scales<P>(super + offset, head + offset, v % kPerPanel);
+                },
+                out);
+        }
+    for (int m = 0; m < MR; ++m)
+        for (int v = 0; v < NV; ++v) total[m][v] = load_f32(out + m * kGroupRows + v * W);
+}
 
 // All rows (MR of them) of NV vectors. out [MR][kGroupRows].
 template <Pack P, int MR, int NV>
@@ -263,6 +297,7 @@ void stream_rows(const QuantizedRows& a, const uint8_t* panel, size_t stride, fl
     for (int64_t span = 0; span < spans_of(a.k); ++span) {
         const TileRows rows = rows_at(a, 0, span);
         const int n = span_blocks(blocks, span);
+        const uint8_t* const first = head;
         for (int i = 0; i < n; ++i) {
             if constexpr (info.super_bytes > 0) {
                 if (i % 8 == 0) super = head, head += info.super_bytes;
@@ -286,6 +321,7 @@ void stream_rows(const QuantizedRows& a, const uint8_t* panel, size_t stride, fl
                 total);
             head = body + info.code_bytes;
         }
+        if (any_fine(rows, MR, n)) stream_fine<P, MR, NV>(rows, n, first, stride, total);
     }
     for (int m = 0; m < MR; ++m)
         for (int v = 0; v < NV; ++v) store(out + m * kGroupRows + v * W, total[m][v]);
@@ -315,6 +351,13 @@ struct Span {
     const uint8_t* body[kGroupPanels][kSpan];  // codes of each block
     BlockScales<P> scales[kGroupPanels * kPerPanel][kSpan];
     alignas(64) uint8_t bytes[kUnpack<P> ? kGroupPanels : 0][kSpan][kGroups * 64];
+
+    PRONK_INLINE vb code(int v, int i, int g) const {
+        if constexpr (kUnpack<P>)
+            return load<vb>(bytes[v / kPerPanel][i] + g * 64 + v % kPerPanel * W * 4);
+        else
+            return codes<P>(body[v / kPerPanel][i], v % kPerPanel, g);
+    }
 };
 
 template <Pack P>
@@ -359,13 +402,7 @@ void tile(const TileRows& rows, const Span<P>& span, int v0, int n, bool first, 
         for (; line < ahead.lines * (i + 1) / n; ++line)
             for (int p = 0; p < ahead.panels; ++p) __builtin_prefetch(ahead.from + p * ahead.stride + line * 64, 0, 2);
         tile_block<P, MR, NV>(
-            rows, i,
-            [&](int v, int g) {
-                if constexpr (kUnpack<P>)
-                    return load<vb>(span.bytes[(v0 + v) / kPerPanel][i] + g * 64 + (v0 + v) % kPerPanel * W * 4);
-                else
-                    return codes<P>(span.body[(v0 + v) / kPerPanel][i], (v0 + v) % kPerPanel, g);
-            },
+            rows, i, [&](int v, int g) { return span.code(v0 + v, i, g); },
             [&](int v) -> const BlockScales<P>& { return span.scales[v0 + v][i]; }, total);
     }
 #pragma GCC unroll 8
@@ -404,6 +441,56 @@ void tile_rows(const QuantizedRows& a, int64_t t, const Span<P>& span, int vecto
     }
 }
 
+// Rows with a fine part, by block of a span.
+struct FineRows {
+    uint16_t rows[kSpan][kMaxRows];
+    int count[kSpan];
+};
+
+PRONK_INLINE void list_fine_rows(const TileRows& rows, int64_t n_rows, int n, FineRows& fine) {
+    for (int i = 0; i < kSpan; ++i) fine.count[i] = 0;
+    for (int64_t t = 0; t < n_rows; ++t)
+        for (int i = 0; i < n; ++i) {  // without a branch: which rows have one is anybody's guess
+            fine.rows[i][fine.count[i]] = uint16_t(t);
+            fine.count[i] += rows.blocks[t * kSpan + i].fine_sum != kNoFine;
+        }
+}
+
+template <Pack P, int NV, int MR>
+PRONK_INLINE void fine_tile(const TileRows& rows, int i, const uint16_t* at, const Span<P>& span, int v0, float* out) {
+    fine_block<P, MR, NV>(
+        rows, i, at, [&](int v, int g) { return span.code(v0 + v, i, g); },
+        [&](int v) -> const BlockScales<P>& { return span.scales[v0 + v][i]; }, out + v0 * W);
+}
+
+template <Pack P, int NV, int MR = kFineRows - 1>
+PRONK_INLINE void last_fine_rows(int left, const TileRows& rows, int i, const uint16_t* at, const Span<P>& span, int v0,
+                                 float* out) {
+    if (left == MR) return fine_tile<P, NV, MR>(rows, i, at, span, v0, out);
+    if constexpr (MR > 1) last_fine_rows<P, NV, MR - 1>(left, rows, i, at, span, v0, out);
+}
+
+// Adds the fine parts of a span to the totals of all rows.
+template <Pack P, int NV>
+void fine_rows(const TileRows& rows, int i, const uint16_t* at, int count, const Span<P>& span, int v0, float* out) {
+    int done = 0;
+    for (; done + kFineRows <= count; done += kFineRows) fine_tile<P, NV, kFineRows>(rows, i, at + done, span, v0, out);
+    if (done < count) last_fine_rows<P, NV>(count - done, rows, i, at + done, span, v0, out);
+}
+
+template <Pack P>
+void add_fine_parts(const QuantizedRows& a, const Span<P>& span, int vectors, int64_t b0, int n, float* out) {
+    const TileRows rows = rows_at(a, 0, b0 / kSpan);
+    FineRows fine;
+    list_fine_rows(rows, a.rows, n, fine);
+    for (int i = 0; i < n; ++i) {
+        int v = 0;
+        for (; v + kVectors <= vectors; v += kVectors)
+            fine_rows<P, kVectors>(rows, i, fine.rows[i], fine.count[i], span, v, out);
+        for (; v < vectors; ++v) fine_rows<P, 1>(rows, i, fine.rows[i], fine.count[i], span, v, out);
+    }
+}
+
 // The span after this one: of these panels or, past their end, of the ones behind them.
 template <Pack P>
 Ahead next_span(const uint8_t* panel, size_t stride, int panels, int64_t b0, int64_t blocks) {
@@ -439,6 +526,7 @@ void group_outputs(const QuantizedRows& a, const uint8_t* panel, int panels, flo
             tile_rows<P>(a, t, span, panels * kPerPanel, b0, n, share, out + t * kGroupRows);
             line = to;
         }
+        add_fine_parts<P>(a, span, panels * kPerPanel, b0, n, out);
     }
 }
 
