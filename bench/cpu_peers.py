@@ -93,6 +93,7 @@ KINDS_OF_ENGINE = {
     "pronk-avx2": Kind("pronk", {"PRONK_ISA": "avx2"}),
     "llama.cpp-avx2": Kind("llama.cpp", {}, without="AVX512"),
     "llama.cpp-huge": Kind("llama.cpp", HUGE_PAGES),
+    "pronk-int8": Kind("pronk-int8", {}),
     "pronk-cached": Kind("pronk", {"PRONK_LAYOUT_CACHE": "1"}),
 }
 ALL = ("pronk", "llama.cpp", "ik_llama.cpp")
@@ -112,11 +113,11 @@ class Subject:
     """Bytes in the file."""
     about: str
 
-    @property
-    def kv_bytes(self) -> int:
-        """Of one position in 16 bits, as all engines keep it."""
+    def kv_bytes(self, engine: str) -> int:
+        """Of one position: in 16 bits, or in 8 with a float32 scale for each head."""
         c = self.config
-        return 2 * 2 * c.n_layers * c.n_kv_heads * c.head_dim
+        head = c.head_dim + 4 if engine == "pronk-int8" else 2 * c.head_dim
+        return 2 * c.n_layers * c.n_kv_heads * head
 
 
 def open_subject(path: Path) -> Subject:
@@ -313,15 +314,15 @@ class Table:
         run = Run(
             experiment, self.lab.session, n, self.subject.path.name, name, phase,
             found["seconds"], computed, len(steps), depth, rows, variant, before, after,
-            kv_bytes=self.subject.kv_bytes, foreign=round(max(foreign, 0), 2),
-            **self._demand(steps),
+            kv_bytes=self.subject.kv_bytes(name), foreign=round(max(foreign, 0), 2),
+            **self._demand(name, steps),
         )  # fmt: skip
         self.lab.write("run", run)
         self._tell(run)
 
-    def _demand(self, steps: Sequence[Step]) -> dict[str, float]:
+    def _demand(self, name: str, steps: Sequence[Step]) -> dict[str, float]:
         subject = self.subject
-        asked = total(demands(subject.config, subject.weights, subject.kv_bytes, steps))
+        asked = total(demands(subject.config, subject.weights, subject.kv_bytes(name), steps))
         return {"nbytes": asked.nbytes, "macs": asked.macs}
 
     def _drop(self, name: str, error: PeerError) -> None:
@@ -339,7 +340,7 @@ class Table:
 
 
 def check_memory(subject: Subject, engines: Sequence[str], positions: int) -> None:
-    each = weight_bytes(subject.weights) + positions * subject.kv_bytes + (500 << 20)
+    each = weight_bytes(subject.weights) + positions * subject.kv_bytes("") + (500 << 20)
     free = free_memory()
     if free is not None and len(engines) * each > free:
         raise UserError(
@@ -412,7 +413,7 @@ ROWS = (1, 2, 4, 8, 16)
 
 def measure_rows(lab: Lab, path: Path) -> None:
     engines = lab.engines(("pronk",))
-    able = [name for name, kind in KINDS_OF_ENGINE.items() if kind.engine == "pronk"]
+    able = [name for name, kind in KINDS_OF_ENGINE.items() if kind.engine.startswith("pronk")]
     for name in engines:
         if name not in able:
             raise UserError(
@@ -428,7 +429,7 @@ def measure_rows(lab: Lab, path: Path) -> None:
 
 def measure_depth(lab: Lab, path: Path) -> None:
     deep, tokens = lab.args.depth, max(lab.args.p, lab.args.n)
-    with lab.open(path, lab.engines(("pronk",)), tokens=tokens, depth=deep) as table:
+    with lab.open(path, lab.engines(("pronk", "pronk-int8")), tokens=tokens, depth=deep) as table:
         print(f"computing {deep} tokens once for each engine", file=sys.stderr)
         for at in (deep, 0):
             table.warm(phase="prefill", tokens=lab.args.p, depth=at, rows=1)

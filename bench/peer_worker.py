@@ -20,9 +20,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -61,14 +62,17 @@ class Engine(Protocol):
 class Pronk:
     """Through its engine, as `pronk bench` does."""
 
-    def __init__(self, path: str, threads: int, context: int, rows: int, depth: int = 0) -> None:
+    def __init__(
+        self, path: str, threads: int, context: int, rows: int, depth: int = 0, *,
+        kv_dtype: Literal["f16", "int8"] = "f16",
+    ) -> None:  # fmt: skip
         from dataclasses import replace
 
         from pronk.backends import cpu, reference
         from pronk.engine.bench import Meter, Plan, load_subject
 
         plan = Plan(prompt=context - 1, generate=1, batch=rows)
-        subject = load_subject(Path(path), plan, ops=cpu, threads=threads, kv_dtype="f16")
+        subject = load_subject(Path(path), plan, ops=cpu, threads=threads, kv_dtype=kv_dtype)
         # who asks measures the machine, in a process of its own
         self._subject = replace(subject, meter=Meter(reference, threads))
         self._runs = 0
@@ -298,6 +302,7 @@ def _load_beside(package: str, library: str) -> None:
 
 ENGINES: dict[str, Callable[..., Any]] = {
     "pronk": Pronk,
+    "pronk-int8": partial(Pronk, kv_dtype="int8"),
     "limits": Limits,
     "llama.cpp": LlamaCpp,
     "ik_llama.cpp": IkLlamaCpp,

@@ -109,9 +109,9 @@ static constexpr int64_t spans_of(int64_t k) { return (k + kSpanInputs - 1) / kS
 constexpr int64_t kMaxRows = 512;  // of one pass of a linear layer: bounds the scratch
 
 struct QuantizedRows {
-    const int8_t *q, *fine;  // [spans][T][256]
-    const RowBlock* blocks;  // [spans][T][8]
-    int64_t rows, k;
+    const int8_t *q, *fine;  // [spans][pitch][256]
+    const RowBlock* blocks;  // [spans][pitch][8]
+    int64_t rows, k, pitch;  // rows: those that count, pitch: from one span to the next
 };
 
 }  // namespace pronk

@@ -9,7 +9,6 @@
 namespace pronk {
 namespace {
 
-
 // Kept by the calling thread from one call to the next.
 struct Buffers {
     std::vector<int8_t> q, fine;
@@ -50,7 +49,7 @@ LinearInputs make_inputs(const Weight& weight, int64_t rows, const RowSource& so
             for (int64_t t = task * 4; t < std::min(rows, task * 4 + 4); ++t) one(t);
         });
     }
-    return {buffers.x.data(), {buffers.q.data(), buffers.fine.data(), buffers.blocks.data(), rows, k}, rows, k};
+    return {buffers.x.data(), {buffers.q.data(), buffers.fine.data(), buffers.blocks.data(), rows, k, rows}, rows, k};
 }
 
 // A few panels of a segment: the outputs of one call of linear_group.
@@ -93,6 +92,42 @@ void spread(int64_t n, const F& body) {
     });
 }
 
+// Where a weight has too few outputs to keep all threads at work to the end, rows are cut, too: each
+// piece of them is work of its own.
+struct Cut {
+    int64_t pieces, rows;  // of a piece
+
+    Cut(int64_t all, int64_t tasks) {
+        constexpr int64_t kFewest = 64;  // rows that make up for reading a weight once more
+        const int64_t wanted = (get_threads() * 8 + tasks - 1) / tasks;
+        pieces = get_threads() == 1 ? 1 : std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, all / kFewest));
+        rows = (all + pieces - 1) / pieces;
+        pieces = (all + rows - 1) / rows;
+    }
+};
+
+LinearInputs piece(const LinearInputs& in, int64_t first, int64_t rows) {
+    LinearInputs out = in;
+    out.rows = out.quantized.rows = rows;
+    if (out.x) out.x += first * in.k;
+    if (out.quantized.q) {
+        out.quantized.q += first * kSpanInputs;
+        out.quantized.fine += first * kSpanInputs;
+        out.quantized.blocks += first * kSpan;
+    }
+    return out;
+}
+
+// body(task, first row, inputs of a piece of the rows) for all tasks and pieces.
+template <class F>
+void spread_pieces(int64_t tasks, const LinearInputs& in, const F& body) {
+    const Cut cut(in.rows, tasks);
+    spread(tasks * cut.pieces, [&](int64_t i) {
+        const int64_t first = i % cut.pieces * cut.rows;
+        body(i / cut.pieces, first, piece(in, first, std::min(cut.rows, in.rows - first)));
+    });
+}
+
 // Passes of at most kMaxRows rows: pass(first row, inputs of the pass).
 template <class F>
 void for_passes(const Weight& weight, int64_t rows, const RowSource& source, const F& pass) {
@@ -113,11 +148,11 @@ void for_passes(const Weight& weight, int64_t rows, const RowSource& source, con
 void linear(const Weight& weight, int64_t rows, const RowSource& source, float* y, bool add) {
     const std::vector<Task> tasks = list_tasks(weight);
     for_passes(weight, rows, source, [&](int64_t first, const LinearInputs& in) {
-        spread(int64_t(tasks.size()), [&](int64_t i) {
+        spread_pieces(int64_t(tasks.size()), in, [&](int64_t i, int64_t row, const LinearInputs& part) {
             const Task& task = tasks[i];
-            const float* out = compute(task, in, 0);
-            for (int64_t t = 0; t < in.rows; ++t, out += kernels().group_rows) {
-                float* to = y + (first + t) * weight.rows + task.first_output;
+            const float* out = compute(task, part, 0);
+            for (int64_t t = 0; t < part.rows; ++t, out += kernels().group_rows) {
+                float* to = y + (first + row + t) * weight.rows + task.first_output;
                 if (add)
                     for (int64_t o = 0; o < task.outputs; ++o) to[o] += out[o];
                 else
@@ -135,12 +170,13 @@ void linear_swiglu(const Weight& gate_up, int64_t rows, const RowSource& source,
     const std::vector<Task> tasks = list_tasks(gate_up);
     const int64_t pairs = int64_t(tasks.size()) / 2, width = gate_up.rows / 2;
     for_passes(gate_up, rows, source, [&](int64_t first, const LinearInputs& in) {
-        spread(pairs, [&](int64_t i) {
+        spread_pieces(pairs, in, [&](int64_t i, int64_t row, const LinearInputs& part) {
             const Task& gate = tasks[i];
-            const float *g = compute(gate, in, 0), *u = compute(tasks[pairs + i], in, 1);
+            const float *g = compute(gate, part, 0), *u = compute(tasks[pairs + i], part, 1);
             const int64_t group = kernels().group_rows;
-            for (int64_t t = 0; t < in.rows; ++t)
-                kernels().swiglu_row(gate.outputs, g + t * group, u + t * group, y + (first + t) * width + gate.first_row);
+            for (int64_t t = 0; t < part.rows; ++t)
+                kernels().swiglu_row(gate.outputs, g + t * group, u + t * group,
+                                     y + (first + row + t) * width + gate.first_row);
         });
     });
 }

@@ -195,7 +195,7 @@ struct TileRows {
 };
 
 PRONK_INLINE TileRows rows_at(const QuantizedRows& a, int64_t t, int64_t span) {
-    const int64_t at = (span * a.rows + t) * kSpan;
+    const int64_t at = (span * a.pitch + t) * kSpan;
     return {a.q + at * kBlock, a.fine + at * kBlock, a.blocks + at};
 }
 
@@ -642,7 +642,7 @@ PRONK_INLINE void quantize_block(const float* x, const Rounding& rounding, int8_
 
 void quantize_row(const float* x, int64_t k, int64_t rows, int64_t t, int8_t* q, int8_t* fine, RowBlock* blocks) {
     const float limit = kStandOut * root_mean_square(x, k);
-    const QuantizedRows a{q, fine, blocks, rows, k};
+    const QuantizedRows a{q, fine, blocks, rows, k, rows};
     for (int64_t b = 0; b < k / kBlock; ++b, x += kBlock) {
         const int64_t at = rows_at(a, t, b / kSpan).q - q + b % kSpan * kBlock;
         RowBlock& block = blocks[at / kBlock];

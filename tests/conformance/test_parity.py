@@ -147,8 +147,10 @@ def test_rotary_angles_equal_transformers(head_dim: int, factor: float | None, s
     np.testing.assert_allclose(got[..., 1], sin[0, :, :half].numpy(), atol=2e-6)
 
 
-@pytest.mark.parametrize("kv_dtype", ["f16", "int8"])
-def test_rounded_caches_stay_close(kv_dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kv_dtype", "bound"), [("f16", 0.002), ("int8", 0.06)])
+def test_rounded_caches_stay_close(kv_dtype: str, bound: float, tmp_path: Path) -> None:
+    """Error of all logits as a fraction; weights of this size make attention far sharper than a
+    trained model's, whose divergence test_quantized.py bounds."""
     model = hf_model(64, 4, True, None, 256)
     model.save_pretrained(tmp_path)
     ids = np.random.default_rng(2).integers(0, 256, 70).astype(np.int32)
@@ -157,8 +159,8 @@ def test_rounded_caches_stay_close(kv_dtype: str, tmp_path: Path) -> None:
             pytest.importorskip("pronk.backends.cpu")
         exact = our_logits(tmp_path, backend, ids, 70)
         rounded = our_logits(tmp_path, backend, ids, 70, kv_dtype)
-        assert np.abs(rounded - exact).max() < (0.03 if kv_dtype == "f16" else 0.5)
-        assert np.abs(rounded - exact).max() > 0
+        error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+        assert 0 < error < bound, backend
 
 
 # ---- Meta's own model code -----------------------------------------------------------------------
