@@ -15,10 +15,13 @@ namespace {
 // their panels from memory; more rows take kVectors at a time and go over a span of panels, which
 // stays in the L1 cache, again and again.
 #if defined(__AVX512VNNI__)
+constexpr int kUnrolledGroups = 8;
 constexpr int kFewRows = 3, kFewVectors = 4, kTileRows = 5, kVectors = 2, kFineRows = 4, kDenseRows = 6;
 #elif defined(__AVX2__)
+constexpr int kUnrolledGroups = 8;
 constexpr int kFewRows = 2, kFewVectors = 4, kTileRows = 4, kVectors = 2, kFineRows = 4, kDenseRows = 4;
 #else
+constexpr int kUnrolledGroups = 1;  // dot4 takes dozens of instructions here: all groups would take minutes to compile
 constexpr int kFewRows = 1, kFewVectors = 4, kTileRows = 2, kVectors = 4, kFineRows = 2, kDenseRows = 2;
 #endif
 constexpr int kPerPanel = kPanel / W;  // vectors of a panel
@@ -132,17 +135,20 @@ PRONK_INLINE void dot_fours(X&& x, Code&& code, Start&& start, vi (&isum)[MR][NV
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v)
             for (int sub = 0; sub < pack_info(P).scales; ++sub) isum[m][v][sub] = start(m, sub);
+    const auto sum = [&](int sub) __attribute__((always_inline)) {
+#pragma GCC unroll kUnrolledGroups
+        for (int g = sub * kHalf; g < (sub + 1) * kHalf; ++g) {
+            vb c[NV];
 #pragma GCC unroll 8
-    for (int g = 0; g < kGroups; ++g) {
-        vb c[NV];
+            for (int v = 0; v < NV; ++v) c[v] = code(v, g);
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) c[v] = code(v, g);
+            for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
-        for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v)
-                isum[m][v][g / kHalf] = dot4(isum[m][v][g / kHalf], c[v], dword(x(m) + 4 * g));
-    }
+                for (int v = 0; v < NV; ++v) isum[m][v][sub] = dot4(isum[m][v][sub], c[v], dword(x(m) + 4 * g));
+        }
+    };
+    sum(0);
+    if constexpr (pack_info(P).scales == 2) sum(1);
 }
 
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
@@ -327,15 +333,15 @@ void stream_rows(const QuantizedRows& a, const uint8_t* panel, size_t stride, fl
         for (int v = 0; v < NV; ++v) store(out + m * kGroupRows + v * W, total[m][v]);
 }
 
-template <Pack P, int NV>
+template <Pack P>
 void few_rows(const QuantizedRows& a, const uint8_t* panel, size_t stride, float* out) {
     static_assert(kFewRows <= 3);
-    if (a.rows == 1) stream_rows<P, 1, NV>(a, panel, stride, out);
+    if (a.rows == 1) stream_rows<P, 1, kFewVectors>(a, panel, stride, out);
     if constexpr (kFewRows > 1) {
-        if (a.rows == 2) stream_rows<P, 2, NV>(a, panel, stride, out);
+        if (a.rows == 2) stream_rows<P, 2, kFewVectors>(a, panel, stride, out);
     }
     if constexpr (kFewRows > 2) {
-        if (a.rows == 3) stream_rows<P, 3, NV>(a, panel, stride, out);
+        if (a.rows == 3) stream_rows<P, 3, kFewVectors>(a, panel, stride, out);
     }
 }
 
@@ -360,13 +366,22 @@ struct Span {
     }
 };
 
+// Tiles are kVectors wide: where the panels run out, the last one is computed again, and the results
+// past `panels` are nobody's.
+PRONK_INLINE int padded_panels(int panels) {
+    static_assert(kGroupRows % (kVectors * W) == 0);
+    return kPerPanel >= kVectors ? panels : (panels * kPerPanel + kVectors - 1) / kVectors * kVectors / kPerPanel;
+}
+
 template <Pack P>
 void open_span(const uint8_t* panel, size_t stride, int panels, int64_t b0, int n, Span<P>& span) {
     constexpr PackInfo info = pack_info(P);
-    for (int p = 0; p < panels; ++p)
+    const int whole = padded_panels(panels);
+    for (int p = 0; p < whole; ++p)
         for (int i = 0; i < n; ++i) {
-            const uint8_t* head = panel + p * stride + block_offset(P, b0 + i);
-            const uint8_t* super = panel + p * stride + block_offset(P, (b0 + i) / 8 * 8) - info.super_bytes;
+            const uint8_t* from = panel + (p < panels ? p : panels - 1) * stride;
+            const uint8_t* head = from + block_offset(P, b0 + i);
+            const uint8_t* super = from + block_offset(P, (b0 + i) / 8 * 8) - info.super_bytes;
             const uint8_t* body = head + info.head_bytes;
             span.body[p][i] = body;
 #pragma GCC unroll 4
@@ -425,19 +440,12 @@ void tile_rows(const QuantizedRows& a, int64_t t, const Span<P>& span, int vecto
     const TileRows rows = rows_at(a, t, b0 / kSpan);
     const bool first = b0 == 0;
     constexpr Ahead kNothing{};
-    int v = 0;
-    for (; v + kVectors <= vectors; v += kVectors) {
+    for (int v = 0; v < vectors; v += kVectors) {
         const Ahead& now = v ? kNothing : ahead;
         if (a.rows - t >= kTileRows)
             tile<P, kTileRows, kVectors>(rows, span, v, n, first, now, out + v * W);
         else
             last_rows<P, kVectors>(a.rows - t, rows, span, v, n, first, now, out + v * W);
-    }
-    for (; v < vectors; ++v) {
-        if (a.rows - t >= kTileRows)
-            tile<P, kTileRows, 1>(rows, span, v, n, first, kNothing, out + v * W);
-        else
-            last_rows<P, 1>(a.rows - t, rows, span, v, n, first, kNothing, out + v * W);
     }
 }
 
@@ -483,12 +491,9 @@ void add_fine_parts(const QuantizedRows& a, const Span<P>& span, int vectors, in
     const TileRows rows = rows_at(a, 0, b0 / kSpan);
     FineRows fine;
     list_fine_rows(rows, a.rows, n, fine);
-    for (int i = 0; i < n; ++i) {
-        int v = 0;
-        for (; v + kVectors <= vectors; v += kVectors)
+    for (int i = 0; i < n; ++i)
+        for (int v = 0; v < vectors; v += kVectors)
             fine_rows<P, kVectors>(rows, i, fine.rows[i], fine.count[i], span, v, out);
-        for (; v < vectors; ++v) fine_rows<P, 1>(rows, i, fine.rows[i], fine.count[i], span, v, out);
-    }
 }
 
 // The span after this one: of these panels or, past their end, of the ones behind them.
@@ -505,15 +510,14 @@ Ahead next_span(const uint8_t* panel, size_t stride, int panels, int64_t b0, int
 template <Pack P>
 void group_outputs(const QuantizedRows& a, const uint8_t* panel, int panels, float* out) {
     const size_t stride = panel_bytes(P, a.k);
-    if (a.rows <= kFewRows) {
-        if (panels == kGroupPanels && kFewVectors == kGroupPanels * kPerPanel)
-            return few_rows<P, kFewVectors>(a, panel, stride, out);
-        for (int p = 0; p < panels; ++p) few_rows<P, kPerPanel>(a, panel + p * stride, stride, out + p * kPanel);
+    if (a.rows <= kFewRows && panels == kGroupPanels) {
+        for (int v = 0; v < kGroupPanels * kPerPanel; v += kFewVectors)
+            few_rows<P>(a, panel + v / kPerPanel * stride, stride, out + v * W);
         return;
     }
     Span<P> span;
     const int64_t blocks = a.k / kBlock;
-    const int tiles = int((a.rows + kTileRows - 1) / kTileRows);
+    const int tiles = int((a.rows + kTileRows - 1) / kTileRows), vectors = padded_panels(panels) * kPerPanel;
     for (int64_t b0 = 0; b0 < blocks; b0 += kSpan) {
         const int n = span_blocks(blocks, b0 / kSpan);
         open_span<P>(panel, stride, panels, b0, n, span);
@@ -523,10 +527,10 @@ void group_outputs(const QuantizedRows& a, const uint8_t* panel, int panels, flo
             const int to = next.lines * (i + 1) / tiles;
             const Ahead share{next.from + line * 64, stride, to - line, panels};
             const int64_t t = int64_t(i) * kTileRows;
-            tile_rows<P>(a, t, span, panels * kPerPanel, b0, n, share, out + t * kGroupRows);
+            tile_rows<P>(a, t, span, vectors, b0, n, share, out + t * kGroupRows);
             line = to;
         }
-        add_fine_parts<P>(a, span, panels * kPerPanel, b0, n, out);
+        add_fine_parts<P>(a, span, vectors, b0, n, out);
     }
 }
 
