@@ -10,7 +10,7 @@ namespace pronk::PRONK_ISA {
 namespace {
 
 // Register tiles: query vectors by vectors of positions, query vectors by vectors of a head.
-#if defined(__AVX512VNNI__)
+#if defined(PRONK_VNNI_512)
 constexpr int kScoreRows = 12, kScoreVectors = 2, kValueRows = 6, kValueVectors = 4;
 #elif defined(__AVX2__)
 constexpr int kScoreRows = 4, kScoreVectors = 2, kValueRows = 4, kValueVectors = 2;
@@ -99,8 +99,8 @@ PRONK_INLINE int32_t four(const void* p) {
 
 // scores [MQ][kRun] of vectors i.. with NV vectors of keys, without the scales of the queries
 template <int MQ, int NV>
-PRONK_INLINE void score_tile(const Queries& queries, int64_t i, const uint8_t* keys, const float* scale, int64_t padded_dim,
-                             float* scores) {
+PRONK_INLINE void score_tile(const Queries& queries, int64_t i, const Stretch<uint8_t>& keys, int first, const float* scale,
+                             int64_t padded_dim, float* scores) {
     const int8_t* q = queries.codes + i * padded_dim;
     vi sum[MQ][NV];
 #pragma GCC unroll 16
@@ -110,7 +110,7 @@ PRONK_INLINE void score_tile(const Queries& queries, int64_t i, const uint8_t* k
     for (int64_t d = 0; d < padded_dim; d += 4) {
         vb key[NV];
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) key[v] = load<vb>(keys + d * kKvBlock + v * 4 * W);
+        for (int v = 0; v < NV; ++v) key[v] = load<vb>(keys.at(d * kKvBlock + (first + v * W) * 4));
 #pragma GCC unroll 16
         for (int m = 0; m < MQ; ++m)
 #pragma GCC unroll 8
@@ -119,7 +119,7 @@ PRONK_INLINE void score_tile(const Queries& queries, int64_t i, const uint8_t* k
 #pragma GCC unroll 16
     for (int m = 0; m < MQ; ++m)
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) store(scores + m * kRun + v * W, to_float(sum[m][v]) * load_f32(scale + v * W));
+        for (int v = 0; v < NV; ++v) store(scores + m * kRun + v * W, to_float(sum[m][v]) * load_f32(scale + first + v * W));
 }
 
 // The weights of a run as integers.
@@ -167,14 +167,14 @@ PRONK_INLINE float soften(float* scores, int64_t width, int64_t visible, float u
 
 // out [MQ][padded_dim] = out * shrink + weights times the values of n blocks, NV vectors wide
 template <int MQ, int NV>
-PRONK_INLINE void weigh_tile(const Weights& w, int64_t i, const float* shrink, const uint8_t* const* blocks, int64_t n,
+PRONK_INLINE void weigh_tile(const Weights& w, int64_t i, const float* shrink, const Stretch<uint8_t>* blocks, int64_t n,
                              int64_t padded_dim, int64_t d, float* out) {
     vi sum[MQ][NV] = {};
     for (int64_t b = 0; b < n; ++b)
         for (int64_t at = 0; at < kKvBlock; at += 4) {
             vb value[NV];
 #pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) value[v] = load<vb>(blocks[b] + at * padded_dim + (d + v * W) * 4);
+            for (int v = 0; v < NV; ++v) value[v] = load<vb>(blocks[b].at(at * padded_dim + (d + v * W) * 4));
 #pragma GCC unroll 8
             for (int m = 0; m < MQ; ++m) {
                 const vb weight = reinterpret_cast<vb>(splat(four(w.codes + (i + m) * kRun + b * kKvBlock + at)));
@@ -192,7 +192,7 @@ PRONK_INLINE void weigh_tile(const Weights& w, int64_t i, const float* shrink, c
 }
 
 template <int MQ>
-PRONK_INLINE void weigh_rows(const Weights& w, int64_t i, const float* shrink, const uint8_t* const* blocks, int64_t n,
+PRONK_INLINE void weigh_rows(const Weights& w, int64_t i, const float* shrink, const Stretch<uint8_t>* blocks, int64_t n,
                              int64_t padded_dim, float* out) {
     int64_t d = 0;
     for (; d + kValueVectors * W <= padded_dim; d += kValueVectors * W)
@@ -201,23 +201,27 @@ PRONK_INLINE void weigh_rows(const Weights& w, int64_t i, const float* shrink, c
 }
 
 // Adds a run of key/value blocks first..last-1 (four at most) to the sums of vectors from..n-1.
-void attend_run(const KvLayer& kv, const QueryTile& tile, const Queries& q, int64_t first, int64_t last, int64_t from,
-                const Partial& out) {
+// The next run begins at block last, if that is before `end`.
+void attend_run(const KvLayer& kv, const QueryTile& tile, const Queries& q, int64_t first, int64_t last, int64_t end,
+                int64_t from, const Partial& out) {
     const int64_t n = tile.rows * tile.group, padded = kv.padded_dim, blocks = last - first;
     alignas(64) float scores[kTileVectors * kRun];
     Weights weights;
     float shrink[kTileVectors];
-    const uint8_t* values[kRunBlocks];
+    Stretch<uint8_t> values[kRunBlocks];
     const float* value_scales[kRunBlocks];
+    const auto keys_at = [&](int64_t b) { return keys_of(kv, tile.blocks[b], tile.head); };
+    for (int64_t b = 0; b < blocks; ++b) values[b].data = values_of(kv, tile.blocks[first + b], tile.head);
     for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t block = tile.blocks[first + b], scales = scales_of(kv, block, tile.head);
-        const uint8_t* keys = keys_of(kv, block, tile.head);
-        values[b] = values_of(kv, block, tile.head);
+        const int64_t scales = scales_of(kv, tile.blocks[first + b], tile.head);
+        Stretch<uint8_t> keys{keys_at(first + b), b + 1 < blocks ? keys_at(first + b + 1) : values[0].data};
         value_scales[b] = kv.v_scale + scales;
+        values[b].ahead = b + 1 < blocks ? values[b + 1].data : last < end ? keys_at(last) : values[b].data;
         for_tiles<kScoreRows>(from, n, [&](auto rows, int64_t i) {
             for (int at = 0; at < kKvBlock; at += kScoreVectors * W)
-                score_tile<decltype(rows)::value, kScoreVectors>(q, i, keys + at * 4, kv.k_scale + scales + at, padded,
+                score_tile<decltype(rows)::value, kScoreVectors>(q, i, keys, at, kv.k_scale + scales, padded,
                                                                  scores + i * kRun + b * kKvBlock + at);
+            keys.ahead = keys.data;
         });
     }
     for (int64_t i = from; i < n; ++i) {
@@ -227,6 +231,7 @@ void attend_run(const KvLayer& kv, const QueryTile& tile, const Queries& q, int6
     }
     for_tiles<kValueRows>(from, n, [&](auto rows, int64_t i) {
         weigh_rows<decltype(rows)::value>(weights, i, shrink, values, blocks, padded, out.values + i * padded);
+        for (auto& v : values) v.ahead = v.data;
     });
 }
 
@@ -259,7 +264,8 @@ void attend_int8(const KvLayer& kv, const QueryTile& tile, int64_t first, int64_
     Queries q;
     for (int64_t i = 0; i < n; ++i) round_query(tile.q + i * kv.padded_dim, kv.padded_dim, i, q);
     clear(out, n, kv.padded_dim);
-    for_runs(tile, first, last, [&](int64_t b, int64_t end, int64_t from) { attend_run(kv, tile, q, b, end, from, out); });
+    for_runs(tile, first, last,
+             [&](int64_t b, int64_t to, int64_t from) { attend_run(kv, tile, q, b, to, last, from, out); });
 }
 
 void store_key_int8(const KvLayer& kv, int64_t block, int64_t g, int64_t at, const float* x) {

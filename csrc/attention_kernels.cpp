@@ -16,7 +16,7 @@ void store_value_int8(const KvLayer&, int64_t, int64_t, int64_t, const float*);
 namespace {
 
 // Register tiles: query vectors by vectors of positions, query vectors by vectors of a head.
-#if defined(__AVX512VNNI__)
+#if defined(PRONK_VNNI_512)
 constexpr int kScoreRows = 12, kScoreVectors = 2, kValueRows = 6, kValueVectors = 4;
 #elif defined(__AVX2__)
 constexpr int kScoreRows = 6, kScoreVectors = 2, kValueRows = 3, kValueVectors = 4;
@@ -65,12 +65,13 @@ PRONK_INLINE const stored_t<T>* values_of(const KvLayer& kv, int64_t block, int6
 
 // scores [MQ][kRun] = q [MQ][stride] times NV vectors of keys [D][32]
 template <KvType T, int MQ, int NV>
-PRONK_INLINE void score_tile(const float* q, int64_t stride, const stored_t<T>* keys, int64_t dim, float* scores) {
+PRONK_INLINE void score_tile(const float* q, int64_t stride, const Stretch<stored_t<T>>& keys, int64_t dim, int first,
+                             float* scores) {
     vf sum[MQ][NV] = {};
     for (int64_t d = 0; d < dim; ++d) {
         vf key[NV];
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) key[v] = Stored<T>::read(keys + d * kKvBlock + v * W);
+        for (int v = 0; v < NV; ++v) key[v] = Stored<T>::read(keys.at(d * kKvBlock + first + v * W));
 #pragma GCC unroll 16
         for (int m = 0; m < MQ; ++m)
 #pragma GCC unroll 8
@@ -100,7 +101,7 @@ PRONK_INLINE float soften(float* scores, int64_t width, int64_t visible, float& 
 // values_sum [MQ][Dp] = values_sum * shrink + weights [MQ][kRun] times the values [n] of up to four
 // blocks, NV vectors wide
 template <KvType T, int MQ, int NV>
-PRONK_INLINE void weigh_tile(const float* weights, const float* shrink, const stored_t<T>* const* blocks, int64_t n,
+PRONK_INLINE void weigh_tile(const float* weights, const float* shrink, const Stretch<stored_t<T>>* blocks, int64_t n,
                              int64_t padded_dim, int64_t d, float* out) {
     vf sum[MQ][NV];
 #pragma GCC unroll 8
@@ -108,12 +109,12 @@ PRONK_INLINE void weigh_tile(const float* weights, const float* shrink, const st
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) sum[m][v] = load_f32(out + m * padded_dim + d + v * W) * shrink[m];
     for (int64_t start = 0; start < n; start += kKvBlock) {
-        const stored_t<T>* values = blocks[start / kKvBlock] + d;
+        const Stretch<stored_t<T>> values = blocks[start / kKvBlock];
         const int64_t count = n - start < kKvBlock ? n - start : kKvBlock;
         for (int64_t i = 0; i < count; ++i) {
             vf value[NV];
 #pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) value[v] = Stored<T>::read(values + i * padded_dim + v * W);
+            for (int v = 0; v < NV; ++v) value[v] = Stored<T>::read(values.at(i * padded_dim + d + v * W));
 #pragma GCC unroll 8
             for (int m = 0; m < MQ; ++m)
 #pragma GCC unroll 8
@@ -128,7 +129,7 @@ PRONK_INLINE void weigh_tile(const float* weights, const float* shrink, const st
 }
 
 template <KvType T, int MQ>
-PRONK_INLINE void weigh_rows(const float* weights, const float* shrink, const stored_t<T>* const* blocks, int64_t n,
+PRONK_INLINE void weigh_rows(const float* weights, const float* shrink, const Stretch<stored_t<T>>* blocks, int64_t n,
                              int64_t padded_dim, float* out) {
     int64_t d = 0;
     for (; d + kValueVectors * W <= padded_dim; d += kValueVectors * W)
@@ -138,26 +139,30 @@ PRONK_INLINE void weigh_rows(const float* weights, const float* shrink, const st
 
 // Scores of the vectors from..n-1 with the keys of one block, into column `at` of scores [n][kRun].
 template <KvType T>
-void score_block(const KvLayer& kv, const QueryTile& tile, int64_t block, int64_t from, int64_t at, float* scores) {
-    const int64_t n = tile.rows * tile.group, dim = kv.head_dim;
-    const auto* keys = keys_of<T>(kv, block, tile.head);
-    for_tiles<kScoreRows>(from, n, [&](auto rows, int64_t i) {
-        for (int v = 0; v < kKvBlock / W; v += kScoreVectors)
-            score_tile<T, decltype(rows)::value, kScoreVectors>(tile.q + i * kv.padded_dim, kv.padded_dim, keys + v * W, dim,
-                                                               scores + i * kRun + at + v * W);
+void score_block(const KvLayer& kv, const QueryTile& tile, Stretch<stored_t<T>> keys, int64_t from, int64_t at,
+                 float* scores) {
+    for_tiles<kScoreRows>(from, tile.rows * tile.group, [&](auto rows, int64_t i) {
+        for (int v = 0; v < kKvBlock; v += kScoreVectors * W)
+            score_tile<T, decltype(rows)::value, kScoreVectors>(tile.q + i * kv.padded_dim, kv.padded_dim, keys, kv.head_dim,
+                                                               v, scores + i * kRun + at + v);
+        keys.ahead = keys.data;
     });
 }
 
 // Adds a run of key/value blocks first..last-1 (four at most) to the sums of vectors from..n-1.
+// The next run begins at block last, if that is before `end`.
 template <KvType T>
-void attend_run(const KvLayer& kv, const QueryTile& tile, int64_t first, int64_t last, int64_t from, const Partial& out) {
+void attend_run(const KvLayer& kv, const QueryTile& tile, int64_t first, int64_t last, int64_t end, int64_t from,
+                const Partial& out) {
     const int64_t n = tile.rows * tile.group, padded = kv.padded_dim, start = first * kKvBlock;
     alignas(64) float scores[kTileVectors * kRun];
     float shrink[kTileVectors];
-    const stored_t<T>* values[kRunBlocks];
+    Stretch<stored_t<T>> values[kRunBlocks];
+    const auto keys = [&](int64_t b) { return keys_of<T>(kv, tile.blocks[b], tile.head); };
+    for (int64_t b = first; b < last; ++b) values[b - first].data = values_of<T>(kv, tile.blocks[b], tile.head);
     for (int64_t b = first; b < last; ++b) {
-        score_block<T>(kv, tile, tile.blocks[b], from, (b - first) * kKvBlock, scores);
-        values[b - first] = values_of<T>(kv, tile.blocks[b], tile.head);
+        score_block<T>(kv, tile, {keys(b), b + 1 < last ? keys(b + 1) : values[0].data}, from, (b - first) * kKvBlock, scores);
+        values[b - first].ahead = b + 1 < last ? values[b + 1 - first].data : last < end ? keys(last) : values[b - first].data;
     }
     for (int64_t i = from; i < n; ++i) {
         const int64_t visible = tile.first_position + i / tile.group + 1 - start;
@@ -169,13 +174,14 @@ void attend_run(const KvLayer& kv, const QueryTile& tile, int64_t first, int64_t
     const int64_t count = used < (last - first) * kKvBlock ? used : (last - first) * kKvBlock;
     for_tiles<kValueRows>(from, n, [&](auto rows, int64_t i) {
         weigh_rows<T, decltype(rows)::value>(scores + i * kRun, shrink + i, values, count, padded, out.values + i * padded);
+        for (auto& v : values) v.ahead = v.data;
     });
 }
 
 template <KvType T>
 void attend_partition(const KvLayer& kv, const QueryTile& tile, int64_t first, int64_t last, const Partial& out) {
     clear(out, tile.rows * tile.group, kv.padded_dim);
-    for_runs(tile, first, last, [&](int64_t b, int64_t end, int64_t from) { attend_run<T>(kv, tile, b, end, from, out); });
+    for_runs(tile, first, last, [&](int64_t b, int64_t to, int64_t from) { attend_run<T>(kv, tile, b, to, last, from, out); });
 }
 
 template <KvType T>

@@ -7,6 +7,11 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace pronk {
@@ -17,18 +22,42 @@ bool has_f16c() {  // asked for by number: clang 14 does not know the name
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
+bool has_avx512vnni() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+bool has_avxvnni() {
+#if defined(PRONK_AVXVNNI_BY_AVX512)
+    return has_avx512vnni();
+#else
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+#endif
+}
+#elif defined(__aarch64__)
+bool has_dotprod() {
+#if defined(__linux__)
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__APPLE__)
+    int found = 0;
+    size_t size = sizeof found;
+    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &found, &size, nullptr, 0) == 0 && found;
+#else
+    return false;
+#endif
+}
 #endif
 
 bool supported(const Kernels& table) {
     const std::string name = table.name;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (name == "avx2")
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-    if (name == "avx512vnni")
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vnni");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+    if (name == "avx2") return avx2;
+    if (name == "avxvnni") return avx2 && has_avxvnni();
+    if (name == "avx512vnni") return has_avx512vnni();
+#elif defined(__aarch64__)
+    if (name == "dotprod") return has_dotprod();
 #endif
     return name == "portable";
 }
@@ -36,7 +65,9 @@ bool supported(const Kernels& table) {
 const Kernels& pick() {
     const Kernels* tables[] = {
 #if defined(__x86_64__)
-        &avx512vnni::table, &avx2::table,
+        &avx512vnni::table, &avxvnni::table, &avx2::table,
+#elif defined(__aarch64__)
+        &dotprod::table,
 #endif
         &portable::table,
     };

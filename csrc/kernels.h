@@ -111,7 +111,10 @@ const Kernels& kernels();
 namespace portable { extern const Kernels table; }
 #if defined(__x86_64__)
 namespace avx2 { extern const Kernels table; }
+namespace avxvnni { extern const Kernels table; }
 namespace avx512vnni { extern const Kernels table; }
+#elif defined(__aarch64__)
+namespace dotprod { extern const Kernels table; }
 #endif
 
 }  // namespace pronk

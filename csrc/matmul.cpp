@@ -14,12 +14,15 @@ namespace {
 // Register tiles, rows by vectors of W outputs. A few rows take kFewVectors at a time, streaming
 // their panels from memory; more rows take kVectors at a time and go over a span of panels, which
 // stays in the L1 cache, again and again.
-#if defined(__AVX512VNNI__)
+#if defined(PRONK_VNNI_512)
 constexpr int kUnrolledGroups = 8;
 constexpr int kFewRows = 3, kFewVectors = 4, kTileRows = 5, kVectors = 2, kFineRows = 4, kDenseRows = 6;
 #elif defined(__AVX2__)
 constexpr int kUnrolledGroups = 8;
 constexpr int kFewRows = 2, kFewVectors = 4, kTileRows = 4, kVectors = 2, kFineRows = 4, kDenseRows = 4;
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr int kUnrolledGroups = 8;
+constexpr int kFewRows = 2, kFewVectors = 4, kTileRows = 3, kVectors = 4, kFineRows = 2, kDenseRows = 4;
 #else
 constexpr int kUnrolledGroups = 1;  // dot4 takes dozens of instructions here: all groups would take minutes to compile
 constexpr int kFewRows = 1, kFewVectors = 4, kTileRows = 2, kVectors = 4, kFineRows = 2, kDenseRows = 2;
@@ -144,14 +147,17 @@ PRONK_INLINE void dot_fours(X&& x, Code&& code, Start&& start, vi (&isum)[MR][NV
 #pragma GCC unroll 8
             for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
-                for (int v = 0; v < NV; ++v) isum[m][v][sub] = dot4(isum[m][v][sub], c[v], dword(x(m) + 4 * g));
+                for (int v = 0; v < NV; ++v) {
+                    vi& to = isum[m][v][sub];
+                    to = kSmallCodes<P> ? dot4_small(to, c[v], dword(x(m) + 4 * g)) : dot4(to, c[v], dword(x(m) + 4 * g));
+                }
         }
     };
     sum(0);
     if constexpr (pack_info(P).scales == 2) sum(1);
 }
 
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+#if defined(PRONK_MADDUBS)
 // Groups of small codes whose products fit into 16 bits together: 2 * 15 * 128 * 8 and so on.
 template <Pack P>
 constexpr int kGroupsIn16Bits = P == Pack::Q6K ? 2 : P == Pack::Q5K ? 4 : 8;
@@ -186,7 +192,7 @@ PRONK_INLINE void dot_pairs(X&& x, Code&& code, Start&& start, vi (&isum)[MR][NV
 
 template <Pack P, int MR, int NV, class X, class Code, class Start>
 PRONK_INLINE void dot_block(X&& x, Code&& code, Start&& start, vi (&isum)[MR][NV][pack_info(P).scales]) {
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+#if defined(PRONK_MADDUBS)
     if constexpr (kSmallCodes<P>)
         dot_pairs<P, MR, NV>(x, code, start, isum);
     else
@@ -333,16 +339,10 @@ void stream_rows(const QuantizedRows& a, const uint8_t* panel, size_t stride, fl
         for (int v = 0; v < NV; ++v) store(out + m * kGroupRows + v * W, total[m][v]);
 }
 
-template <Pack P>
+template <Pack P, int MR = kFewRows>
 void few_rows(const QuantizedRows& a, const uint8_t* panel, size_t stride, float* out) {
-    static_assert(kFewRows <= 3);
-    if (a.rows == 1) stream_rows<P, 1, kFewVectors>(a, panel, stride, out);
-    if constexpr (kFewRows > 1) {
-        if (a.rows == 2) stream_rows<P, 2, kFewVectors>(a, panel, stride, out);
-    }
-    if constexpr (kFewRows > 2) {
-        if (a.rows == 3) stream_rows<P, 3, kFewVectors>(a, panel, stride, out);
-    }
+    if (a.rows == MR) return stream_rows<P, MR, kFewVectors>(a, panel, stride, out);
+    if constexpr (MR > 1) few_rows<P, MR - 1>(a, panel, stride, out);
 }
 
 // ---- many rows: a span of panels at a time --------------------------------------------------------

@@ -49,12 +49,16 @@ void swiglu_row(int64_t width, const float* gate, const float* up, float* y) {
     for (; i < width; ++i) y[i] = gate[i] / (1.0f + exp(splat(-gate[i]))[0]) * up[i];
 }
 
-// Sixteen sums of dot products that nothing but registers feeds. The assembly keeps the compiler
+// Sums of dot products, more than latency times ports, that nothing but registers feeds. The assembly keeps the compiler
 // from moving sums to the stack, which would measure the stack.
 int64_t int8_burst(int64_t repeats) {
+#if defined(PRONK_VNNI_256)
+    constexpr int kSums = 12;  // there are 16 registers
+#else
     constexpr int kSums = 16;
+#endif
     [[maybe_unused]] int64_t macs = repeats * kSums * W * 4;
-#if defined(__AVX512VNNI__)
+#if defined(PRONK_VNNI_512)
     __m512i u = _mm512_set1_epi8(3), s = _mm512_set1_epi8(-2);
     for (int64_t i = 0; i < repeats; ++i)
         asm volatile(
@@ -67,7 +71,22 @@ int64_t int8_burst(int64_t repeats) {
             : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
               "xmm12", "xmm13", "xmm14", "xmm15");
     return macs;
-#elif defined(__AVX2__)
+#elif defined(PRONK_VNNI_256)
+    __m256i u = _mm256_set1_epi8(3), s = _mm256_set1_epi8(-2);
+#if defined(__AVXVNNI__)
+#define PRONK_DOT "%{vex%} vpdpbusd %1, %0, "
+#else
+#define PRONK_DOT "vpdpbusd %1, %0, "
+#endif
+    for (int64_t i = 0; i < repeats; ++i)
+        asm volatile(
+            PRONK_DOT "%%ymm0\n" PRONK_DOT "%%ymm1\n" PRONK_DOT "%%ymm2\n" PRONK_DOT "%%ymm3\n"
+            PRONK_DOT "%%ymm4\n" PRONK_DOT "%%ymm5\n" PRONK_DOT "%%ymm6\n" PRONK_DOT "%%ymm7\n"
+            PRONK_DOT "%%ymm8\n" PRONK_DOT "%%ymm9\n" PRONK_DOT "%%ymm10\n" PRONK_DOT "%%ymm11\n"
+            ::"x"(u), "x"(s)
+            : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11");
+    return macs;
+#elif defined(PRONK_MADDUBS)
     // The fastest way without VNNI: products of codes up to 15, as 4-bit weights have, are summed in 16
     // bits eight times before they are widened.
     __m256i u = _mm256_set1_epi8(3), s = _mm256_set1_epi8(-2), one = _mm256_set1_epi16(1);
@@ -81,6 +100,19 @@ int64_t int8_burst(int64_t repeats) {
             "vpmaddwd %2, %%ymm4, %%ymm4\n vpmaddwd %2, %%ymm5, %%ymm5\n"
             "vpaddd %%ymm4, %%ymm0, %%ymm0\n vpaddd %%ymm5, %%ymm1, %%ymm1\n" ::"x"(u), "x"(s), "x"(one)
             : "xmm0", "xmm1", "xmm4", "xmm5", "xmm6", "xmm7");
+    return macs;
+#elif defined(__ARM_FEATURE_DOTPROD)
+    const int8x16_t a = vdupq_n_s8(3), b = vdupq_n_s8(-2);
+    for (int64_t i = 0; i < repeats; ++i)
+        asm volatile(
+            "sdot v16.4s, %0.16b, %1.16b\n sdot v17.4s, %0.16b, %1.16b\n sdot v18.4s, %0.16b, %1.16b\n"
+            "sdot v19.4s, %0.16b, %1.16b\n sdot v20.4s, %0.16b, %1.16b\n sdot v21.4s, %0.16b, %1.16b\n"
+            "sdot v22.4s, %0.16b, %1.16b\n sdot v23.4s, %0.16b, %1.16b\n sdot v24.4s, %0.16b, %1.16b\n"
+            "sdot v25.4s, %0.16b, %1.16b\n sdot v26.4s, %0.16b, %1.16b\n sdot v27.4s, %0.16b, %1.16b\n"
+            "sdot v28.4s, %0.16b, %1.16b\n sdot v29.4s, %0.16b, %1.16b\n sdot v30.4s, %0.16b, %1.16b\n"
+            "sdot v31.4s, %0.16b, %1.16b\n" ::"w"(a), "w"(b)
+            : "v16", "v17", "v18", "v19", "v20", "v21", "v22", "v23", "v24", "v25", "v26", "v27", "v28", "v29", "v30",
+              "v31");
     return macs;
 #else
     // what the compiler makes of dot4; codes that change keep it from computing products once

@@ -13,6 +13,18 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+
+// Dot products of 256 bits, which AVX-VNNI adds to AVX2. AVX-512 has the same instruction under
+// another code, by which the kernels can be tested where there is no AVX-VNNI (CMakeLists.txt).
+#if defined(__AVXVNNI__) || defined(PRONK_AVXVNNI_BY_AVX512)
+#define PRONK_VNNI_256
+#elif defined(__AVX512VNNI__)
+#define PRONK_VNNI_512
+#elif defined(__AVX2__)
+#define PRONK_MADDUBS
 #endif
 
 namespace pronk::PRONK_ISA {
@@ -20,7 +32,7 @@ namespace {
 
 #define PRONK_INLINE inline __attribute__((always_inline))
 
-#if defined(__AVX512VNNI__)
+#if defined(PRONK_VNNI_512)
 constexpr int W = 16;
 #elif defined(__AVX2__)
 constexpr int W = 8;
@@ -51,7 +63,7 @@ PRONK_INLINE void store(T* p, V v) {
 }
 PRONK_INLINE vf load_f32(const float* p) { return load<vf>(p); }
 
-#if defined(__AVX512VNNI__)
+#if defined(PRONK_VNNI_512)
 
 PRONK_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 PRONK_INLINE vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
@@ -104,13 +116,41 @@ PRONK_INLINE vs multiply_pairs(vb codes, int32_t a) {
 PRONK_INLINE vi add_pairs(vs pairs) {
     return reinterpret_cast<vi>(_mm256_madd_epi16(reinterpret_cast<__m256i>(pairs), _mm256_set1_epi16(1)));
 }
-// Codes of 8 bits are widened to 16 instead: their pair sums would saturate.
 PRONK_INLINE vi dot4(vi acc, vb unsigned_bytes, vb signed_bytes) {
-    const __m256i u = reinterpret_cast<__m256i>(unsigned_bytes), low = _mm256_set1_epi16(0x00ff);
-    const __m256i s = reinterpret_cast<__m256i>(signed_bytes);
+    const __m256i u = reinterpret_cast<__m256i>(unsigned_bytes), s = reinterpret_cast<__m256i>(signed_bytes);
+#if defined(__AVXVNNI__)
+    return reinterpret_cast<vi>(_mm256_dpbusd_avx_epi32(reinterpret_cast<__m256i>(acc), u, s));
+#elif defined(PRONK_VNNI_256)
+    return reinterpret_cast<vi>(_mm256_dpbusd_epi32(reinterpret_cast<__m256i>(acc), u, s));
+#else  // widened to 16 bits: pair sums of 8-bit codes would saturate
+    const __m256i low = _mm256_set1_epi16(0x00ff);
     const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, low), _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
     const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
     return acc + reinterpret_cast<vi>(even) + reinterpret_cast<vi>(odd);
+#endif
+}
+
+#elif defined(__ARM_FEATURE_DOTPROD)
+
+PRONK_INLINE vf fma(vf a, vf b, vf c) {
+    return reinterpret_cast<vf>(vfmaq_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a), reinterpret_cast<float32x4_t>(b)));
+}
+PRONK_INLINE vf max(vf a, vf b) { return reinterpret_cast<vf>(a > b ? reinterpret_cast<vi>(a) : reinterpret_cast<vi>(b)); }
+PRONK_INLINE vf load_f16(const uint16_t* p) {
+    return reinterpret_cast<vf>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))));
+}
+PRONK_INLINE void store_f16(uint16_t* p, vf v) {
+    vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(reinterpret_cast<float32x4_t>(v))));
+}
+PRONK_INLINE vf load_bf16(const uint16_t* p) { return reinterpret_cast<vf>(vshll_n_u16(vld1_u16(p), 16)); }
+PRONK_INLINE vf load_i8(const int8_t* p) { return __builtin_convertvector(load<vc>(p), vf); }
+PRONK_INLINE vf load_u8(const uint8_t* p) { return __builtin_convertvector(load<vu>(p), vf); }
+PRONK_INLINE vi dot4_signed(vi acc, vb a, vb b) {
+    return reinterpret_cast<vi>(vdotq_s32(reinterpret_cast<int32x4_t>(acc), reinterpret_cast<int8x16_t>(a), reinterpret_cast<int8x16_t>(b)));
+}
+// The instruction multiplies signed bytes: codes go 128 lower, and 128 times the other side comes on top.
+PRONK_INLINE vi dot4(vi acc, vb u, vb s) {
+    return dot4_signed(acc, u ^ 0x80, s) + (dot4_signed(vi{}, vb{} + uint8_t(1), s) << 7);
 }
 
 #else
@@ -138,6 +178,15 @@ PRONK_INLINE vi dot4(vi acc, vb u, vb s) {
 
 // With the same four signed bytes in every lane.
 PRONK_INLINE vi dot4(vi acc, vb codes, int32_t four) { return dot4(acc, codes, reinterpret_cast<vb>(splat(four))); }
+
+// The same for codes up to 127.
+PRONK_INLINE vi dot4_small(vi acc, vb codes, int32_t four) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    return dot4_signed(acc, codes, reinterpret_cast<vb>(splat(four)));
+#else
+    return dot4(acc, codes, four);
+#endif
+}
 
 PRONK_INLINE vb shift_right(vb v, int n) { return reinterpret_cast<vb>(reinterpret_cast<vs>(v) >> n); }
 PRONK_INLINE vb shift_left(vb v, int n) { return reinterpret_cast<vb>(reinterpret_cast<vs>(v) << n); }
@@ -188,7 +237,7 @@ PRONK_INLINE vf exp(vf x) {
 
 // Sum of the lanes, halves first: one fixed order for each width.
 PRONK_INLINE float sum_lanes(vf v) {
-#if defined(__AVX512VNNI__)
+#if defined(PRONK_VNNI_512)
     const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
 #elif defined(__AVX2__)
     const __m256 a = v;
@@ -204,7 +253,7 @@ PRONK_INLINE float sum_lanes(vf v) {
 
 // Largest lane of an integer vector.
 PRONK_INLINE int32_t max_lanes(vi v) {
-#if defined(__AVX512VNNI__)
+#if defined(PRONK_VNNI_512)
     const __m512i x = reinterpret_cast<__m512i>(v);
     const __m256i a = _mm256_max_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
 #elif defined(__AVX2__)
@@ -245,7 +294,7 @@ PRONK_INLINE float peak_of(const float* x, int64_t n) {
 
 // Largest lane; which one counts if some are not numbers is left open.
 PRONK_INLINE float max_lanes(vf v) {
-#if defined(__AVX512VNNI__)
+#if defined(PRONK_VNNI_512)
     const __m256 a = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
 #elif defined(__AVX2__)
     const __m256 a = v;

@@ -60,6 +60,18 @@ PRONK_INLINE float add_weights(float total, float next, float& largest, float& s
     return shrink;
 }
 
+// One head's keys or values of a block, and those to ask memory for meanwhile: what is read next, or
+// the same again where nothing is known of that. Each line that is read asks for its twin: the
+// hardware does not follow from block to block, and all of a head's blocks are apart.
+template <class T>
+struct Stretch {
+    const T *data, *ahead;
+    PRONK_INLINE const T* at(int64_t i) const {
+        __builtin_prefetch(ahead + i, 0, 2);
+        return data + i;
+    }
+};
+
 // A tile that meets key/value blocks first..last-1 of its table run by run: calls run(first block,
 // last block, first vector that sees anything of it).
 template <class Run>

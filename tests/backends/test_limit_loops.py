@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="reads x86 code"
 )
 
-LINE = re.compile(r"\s*([0-9a-f]+):\t(\S+)\s*(.*)")
+LINE = re.compile(r"\s*([0-9a-f]+):\t(?:\{vex\} )?(\S+)\s*(.*)")
 
 
 @dataclass(frozen=True)
@@ -74,18 +74,19 @@ def bookkeeping(loop: Loop) -> set[str]:
 COUNTING = {"add", "sub", "inc", "dec", "cmp", "test", "lea", "jne", "jb", "ja", "jl", "jg", "jae"}
 
 
-def test_two_dot_products_a_cycle(module_loops: list[Loop]) -> None:
-    """Sixteen sums in 512-bit registers, more than latency times ports, and nothing else."""
+@pytest.mark.parametrize(("register", "sums"), [("zmm", 16), ("ymm", 12)])
+def test_two_dot_products_a_cycle(module_loops: list[Loop], register: str, sums: int) -> None:
+    """More sums in registers than latency times ports, and nothing else."""
+    wanted = {f"%{register}{n}" for n in range(sums)}
     bursts = []
     for loop in module_loops:
         dots = named(loop, "vpdpbusd")
         parts = [dot.operands.split(",") for dot in dots]
-        if len({p[2] for p in parts}) == 16 and len({(p[0], p[1]) for p in parts}) == 1:
+        if {p[2] for p in parts} == wanted and len({(p[0], p[1]) for p in parts}) == 1:
             bursts.append((loop, dots))
     assert len(bursts) == 1
     loop, dots = bursts[0]
-    assert len(dots) % 16 == 0
-    assert {dot.operands.split(",")[2] for dot in dots} == {f"%zmm{n}" for n in range(16)}
+    assert len(dots) % sums == 0
     assert not any(i.touches_memory for i in loop)
     assert bookkeeping(loop) <= COUNTING
     assert len(loop) <= len(dots) + 3
