@@ -303,7 +303,9 @@ lives in a process of its own that sleeps while another one is measured, and the
 so that a machine that slows down slows all of them; ratios are medians of the ratios of runs of the
 same round. What the machine can do is measured before and after every run by loops of Pronk: the
 read bandwidth (the best of several ways to stream through 512 MB) and the rate of int8
-multiply-accumulates in registers. A fraction compares a run with the mean of its two neighbours.
+multiply-accumulates in registers, by the loop of the instruction set that a table is about. A
+fraction compares a run with the mean of its two neighbours; where the machine changes its speed
+between them, a fraction can come out above one or too low.
 """
 
 ENGINES = """Build is what the engine itself reports. llama.cpp runs with its defaults: it maps the

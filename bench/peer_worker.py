@@ -64,7 +64,7 @@ class Pronk:
 
     def __init__(
         self, path: str, threads: int, context: int, rows: int, depth: int = 0, *,
-        kv_dtype: Literal["f16", "int8"] = "f16",
+        kv_dtype: Literal["f16", "int8"],
     ) -> None:  # fmt: skip
         from dataclasses import replace
 
@@ -76,7 +76,7 @@ class Pronk:
         # who asks measures the machine, in a process of its own
         self._subject = replace(subject, meter=Meter(reference, threads))
         self._runs = 0
-        self.about = about_pronk()
+        self.about = about_pronk(kv_dtype)
 
     def prefill(self, tokens: int, depth: int, rows: int) -> Timed:
         from pronk.engine.bench import Plan, prefill_run
@@ -96,12 +96,12 @@ def plain(work: Sequence[Sequence[tuple[int, int, bool]]]) -> Work:
     return [[(start, n, answer) for start, n, answer in step] for step in work]
 
 
-def about_pronk() -> dict[str, str]:
+def about_pronk(kv_dtype: str) -> dict[str, str]:
     import pronk
     from pronk.backends import cpu
 
     version, build = f"pronk {pronk.__version__}", f"kernels for {cpu.isa()}"
-    return {"version": version, "build": build, "options": ""}
+    return {"version": version, "build": build, "options": f"kv_dtype={kv_dtype}"}
 
 
 class Limits:
@@ -300,9 +300,9 @@ def _load_beside(package: str, library: str) -> None:
         ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
 
 
+KV_DTYPES: dict[str, Literal["f16", "int8"]] = {"pronk": "f16", "pronk-int8": "int8"}
 ENGINES: dict[str, Callable[..., Any]] = {
-    "pronk": Pronk,
-    "pronk-int8": partial(Pronk, kv_dtype="int8"),
+    **{name: partial(Pronk, kv_dtype=kv_dtype) for name, kv_dtype in KV_DTYPES.items()},
     "limits": Limits,
     "llama.cpp": LlamaCpp,
     "ik_llama.cpp": IkLlamaCpp,
@@ -325,11 +325,13 @@ def serve(say: Say, engine: str, path: str, *numbers: int) -> None:
 def first(say: Say, engine: str, path: str, threads: int) -> None:
     """Until the first token of an answer is known: Pronk's to a text, with its tokenizer, the
     others' to random tokens."""
-    if engine == "pronk":
+    if engine in KV_DTYPES:
         from pronk import LLM
 
-        LLM(path, threads=threads, ctx=START_CONTEXT).generate(PROMPT, max_tokens=1)
-        clock, about = time.monotonic(), about_pronk()
+        kv_dtype = KV_DTYPES[engine]
+        llm = LLM(path, threads=threads, ctx=START_CONTEXT, kv_dtype=kv_dtype)
+        llm.generate(PROMPT, max_tokens=1)
+        clock, about = time.monotonic(), about_pronk(kv_dtype)
     else:
         loaded = ENGINES[engine](path, threads, START_CONTEXT, 1)
         loaded.read(loaded.make_context(START_CONTEXT), loaded.random_ids(PROMPT_TOKENS), 0)

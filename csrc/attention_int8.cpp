@@ -12,7 +12,7 @@ namespace {
 // Register tiles: query vectors by vectors of positions, query vectors by vectors of a head.
 #if defined(PRONK_VNNI_512)
 constexpr int kScoreRows = 12, kScoreVectors = 2, kValueRows = 6, kValueVectors = 4;
-#elif defined(__AVX2__)
+#elif defined(PRONK_X86)
 constexpr int kScoreRows = 4, kScoreVectors = 2, kValueRows = 4, kValueVectors = 2;
 #else
 constexpr int kScoreRows = 2, kScoreVectors = 4, kValueRows = 2, kValueVectors = 4;
@@ -208,7 +208,7 @@ void attend_run(const KvLayer& kv, const QueryTile& tile, const Queries& q, int6
     alignas(64) float scores[kTileVectors * kRun];
     Weights weights;
     float shrink[kTileVectors];
-    Stretch<uint8_t> values[kRunBlocks];
+    Stretch<uint8_t> values[kRunBlocks] = {};
     const float* value_scales[kRunBlocks];
     const auto keys_at = [&](int64_t b) { return keys_of(kv, tile.blocks[b], tile.head); };
     for (int64_t b = 0; b < blocks; ++b) values[b].data = values_of(kv, tile.blocks[first + b], tile.head);

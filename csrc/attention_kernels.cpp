@@ -18,7 +18,7 @@ namespace {
 // Register tiles: query vectors by vectors of positions, query vectors by vectors of a head.
 #if defined(PRONK_VNNI_512)
 constexpr int kScoreRows = 12, kScoreVectors = 2, kValueRows = 6, kValueVectors = 4;
-#elif defined(__AVX2__)
+#elif defined(PRONK_X86)
 constexpr int kScoreRows = 6, kScoreVectors = 2, kValueRows = 3, kValueVectors = 4;
 #else
 constexpr int kScoreRows = 2, kScoreVectors = 4, kValueRows = 2, kValueVectors = 4;
@@ -157,7 +157,7 @@ void attend_run(const KvLayer& kv, const QueryTile& tile, int64_t first, int64_t
     const int64_t n = tile.rows * tile.group, padded = kv.padded_dim, start = first * kKvBlock;
     alignas(64) float scores[kTileVectors * kRun];
     float shrink[kTileVectors];
-    Stretch<stored_t<T>> values[kRunBlocks];
+    Stretch<stored_t<T>> values[kRunBlocks] = {};
     const auto keys = [&](int64_t b) { return keys_of<T>(kv, tile.blocks[b], tile.head); };
     for (int64_t b = first; b < last; ++b) values[b - first].data = values_of<T>(kv, tile.blocks[b], tile.head);
     for (int64_t b = first; b < last; ++b) {

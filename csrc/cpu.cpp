@@ -10,8 +10,6 @@
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
-#elif defined(__aarch64__) && defined(__APPLE__)
-#include <sys/sysctl.h>
 #endif
 
 namespace pronk {
@@ -38,10 +36,6 @@ bool has_avxvnni() {
 bool has_dotprod() {
 #if defined(__linux__)
     return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
-#elif defined(__APPLE__)
-    int found = 0;
-    size_t size = sizeof found;
-    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &found, &size, nullptr, 0) == 0 && found;
 #else
     return false;
 #endif

@@ -79,8 +79,7 @@ constexpr int kReadWays = 4;  // of read_burst
 // use no library template: one compiled for a newer ISA could replace its twin at link time.
 struct Kernels {
     const char* name;
-    int group_rows;  // outputs of one linear_group call
-    // Outputs of `panels` successive panels for all rows: out [rows][group_rows].
+    // Outputs of `panels` successive panels for all rows: out [rows][kGroupRows].
     void (*linear_group)(Pack, const LinearInputs&, const uint8_t* panel, int panels, float* out);
     // Row t of `rows` rows of activations to integers, into the layout of QuantizedRows.
     void (*quantize_row)(const float* x, int64_t k, int64_t rows, int64_t t, int8_t* q, int8_t* fine, RowBlock* blocks);

@@ -108,10 +108,15 @@ static constexpr int64_t spans_of(int64_t k) { return (k + kSpanInputs - 1) / kS
 
 constexpr int64_t kMaxRows = 512;  // of one pass of a linear layer: bounds the scratch
 
+constexpr int kGroupPanels = 4;     // panels of one call of linear_group, at most
+constexpr int kGroupRows = kGroupPanels * kPanel;
+
 struct QuantizedRows {
-    const int8_t *q, *fine;  // [spans][pitch][256]
-    const RowBlock* blocks;  // [spans][pitch][8]
-    int64_t rows, k, pitch;  // rows: those that count, pitch: from one span to the next
+    const int8_t *q, *fine;     // [spans][rows][256]
+    const RowBlock* blocks;     // [spans][rows][8]
+    const uint16_t* fine_rows;  // [spans][8][rows]: which rows have a fine part in a block
+    const int32_t* fine_count;  // [spans][8]: how many
+    int64_t rows, k;
 };
 
 }  // namespace pronk

@@ -13,15 +13,39 @@ namespace {
 struct Buffers {
     std::vector<int8_t> q, fine;
     std::vector<RowBlock> blocks;
+    std::vector<uint16_t> fine_rows;
+    std::vector<int32_t> fine_count;
     std::vector<float> x;
 
-    void reserve(size_t numbers) {
+    void reserve(size_t rows, size_t spans) {
+        const size_t numbers = rows * spans * kSpanInputs;
+        fine_count.resize(std::max(fine_count.size(), spans * kSpan));
         if (q.size() >= numbers) return;
         q.resize(numbers);
         fine.resize(numbers);
         blocks.resize(numbers / kBlock);
+        fine_rows.resize(numbers / kBlock);
+    }
+
+    QuantizedRows view(int64_t rows, int64_t k) const {
+        return {q.data(), fine.data(), blocks.data(), fine_rows.data(), fine_count.data(), rows, k};
     }
 };
+
+// Lists the rows with a fine part of each block of a span.
+void list_fine_rows(Buffers& buffers, int64_t rows, int64_t k, int64_t span) {
+    const int64_t n = std::min<int64_t>(kSpan, k / kBlock - span * kSpan);
+    for (int64_t i = 0; i < n; ++i) {
+        const RowBlock* block = buffers.blocks.data() + span * rows * kSpan + i;
+        uint16_t* list = buffers.fine_rows.data() + (span * kSpan + i) * rows;
+        int32_t count = 0;
+        for (int64_t t = 0; t < rows; ++t) {  // without a branch: which rows have one is anybody's guess
+            list[count] = uint16_t(t);
+            count += block[t * kSpan].fine_sum != kNoFine;
+        }
+        buffers.fine_count[span * kSpan + i] = count;
+    }
+}
 
 bool any_segment(const Weight& weight, bool dense) {
     return std::any_of(weight.segments.begin(), weight.segments.end(),
@@ -33,7 +57,7 @@ LinearInputs make_inputs(const Weight& weight, int64_t rows, const RowSource& so
     const int64_t k = weight.k;
     const bool floats = any_segment(weight, true), integers = any_segment(weight, false);
     if (floats) buffers.x.resize(std::max(buffers.x.size(), size_t(rows * k)));
-    if (integers) buffers.reserve(size_t(rows) * spans_of(k) * kSpanInputs);
+    if (integers) buffers.reserve(rows, spans_of(k));
     const auto one = [&](int64_t t) {
         thread_local std::vector<float> buffer;
         if (int64_t(buffer.size()) < k) buffer.resize(k);
@@ -49,7 +73,14 @@ LinearInputs make_inputs(const Weight& weight, int64_t rows, const RowSource& so
             for (int64_t t = task * 4; t < std::min(rows, task * 4 + 4); ++t) one(t);
         });
     }
-    return {buffers.x.data(), {buffers.q.data(), buffers.fine.data(), buffers.blocks.data(), rows, k, rows}, rows, k};
+    if (integers) {
+        const auto list = [&](int64_t span) { list_fine_rows(buffers, rows, k, span); };
+        if (rows < 32)
+            for (int64_t span = 0; span < spans_of(k); ++span) list(span);
+        else
+            parallel_for(spans_of(k), list);
+    }
+    return {buffers.x.data(), buffers.view(rows, k), rows, k};
 }
 
 // A few panels of a segment: the outputs of one call of linear_group.
@@ -62,7 +93,7 @@ struct Task {
 
 std::vector<Task> list_tasks(const Weight& weight) {
     std::vector<Task> tasks;
-    const int64_t group = kernels().group_rows;
+    const int64_t group = kGroupRows;
     int64_t first = 0;
     for (const Segment& segment : weight.segments) {
         for (int64_t row = 0; row < segment.rows; row += group)
@@ -72,10 +103,10 @@ std::vector<Task> list_tasks(const Weight& weight) {
     return tasks;
 }
 
-// Outputs [rows][group_rows] of a task in memory of this thread; `slot` 0 and 1 do not overlap.
+// Outputs [rows][kGroupRows] of a task in memory of this thread; `slot` 0 and 1 do not overlap.
 const float* compute(const Task& task, const LinearInputs& in, int slot) {
     thread_local std::vector<float> scratch[2];
-    const size_t size = in.rows * kernels().group_rows;
+    const size_t size = in.rows * kGroupRows;
     if (scratch[slot].size() < size) scratch[slot].resize(size);
     const Segment& segment = *task.segment;
     const uint8_t* panel = segment.panels + task.first_row / kPanel * panel_bytes(segment.pack, in.k);
@@ -89,42 +120,6 @@ void spread(int64_t n, const F& body) {
     const int64_t per_claim = std::max<int64_t>(1, n / (get_threads() * 16));
     parallel_for((n + per_claim - 1) / per_claim, [&](int64_t claim) {
         for (int64_t i = claim * per_claim; i < std::min(n, (claim + 1) * per_claim); ++i) body(i);
-    });
-}
-
-// Where a weight has too few outputs to keep all threads at work to the end, rows are cut, too: each
-// piece of them is work of its own.
-struct Cut {
-    int64_t pieces, rows;  // of a piece
-
-    Cut(int64_t all, int64_t tasks) {
-        constexpr int64_t kFewest = 64;  // rows that make up for reading a weight once more
-        const int64_t wanted = (get_threads() * 8 + tasks - 1) / tasks;
-        pieces = get_threads() == 1 ? 1 : std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, all / kFewest));
-        rows = (all + pieces - 1) / pieces;
-        pieces = (all + rows - 1) / rows;
-    }
-};
-
-LinearInputs piece(const LinearInputs& in, int64_t first, int64_t rows) {
-    LinearInputs out = in;
-    out.rows = out.quantized.rows = rows;
-    if (out.x) out.x += first * in.k;
-    if (out.quantized.q) {
-        out.quantized.q += first * kSpanInputs;
-        out.quantized.fine += first * kSpanInputs;
-        out.quantized.blocks += first * kSpan;
-    }
-    return out;
-}
-
-// body(task, first row, inputs of a piece of the rows) for all tasks and pieces.
-template <class F>
-void spread_pieces(int64_t tasks, const LinearInputs& in, const F& body) {
-    const Cut cut(in.rows, tasks);
-    spread(tasks * cut.pieces, [&](int64_t i) {
-        const int64_t first = i % cut.pieces * cut.rows;
-        body(i / cut.pieces, first, piece(in, first, std::min(cut.rows, in.rows - first)));
     });
 }
 
@@ -148,11 +143,11 @@ void for_passes(const Weight& weight, int64_t rows, const RowSource& source, con
 void linear(const Weight& weight, int64_t rows, const RowSource& source, float* y, bool add) {
     const std::vector<Task> tasks = list_tasks(weight);
     for_passes(weight, rows, source, [&](int64_t first, const LinearInputs& in) {
-        spread_pieces(int64_t(tasks.size()), in, [&](int64_t i, int64_t row, const LinearInputs& part) {
+        spread(int64_t(tasks.size()), [&](int64_t i) {
             const Task& task = tasks[i];
-            const float* out = compute(task, part, 0);
-            for (int64_t t = 0; t < part.rows; ++t, out += kernels().group_rows) {
-                float* to = y + (first + row + t) * weight.rows + task.first_output;
+            const float* out = compute(task, in, 0);
+            for (int64_t t = 0; t < in.rows; ++t, out += kGroupRows) {
+                float* to = y + (first + t) * weight.rows + task.first_output;
                 if (add)
                     for (int64_t o = 0; o < task.outputs; ++o) to[o] += out[o];
                 else
@@ -170,13 +165,12 @@ void linear_swiglu(const Weight& gate_up, int64_t rows, const RowSource& source,
     const std::vector<Task> tasks = list_tasks(gate_up);
     const int64_t pairs = int64_t(tasks.size()) / 2, width = gate_up.rows / 2;
     for_passes(gate_up, rows, source, [&](int64_t first, const LinearInputs& in) {
-        spread_pieces(pairs, in, [&](int64_t i, int64_t row, const LinearInputs& part) {
+        spread(pairs, [&](int64_t i) {
             const Task& gate = tasks[i];
-            const float *g = compute(gate, part, 0), *u = compute(tasks[pairs + i], part, 1);
-            const int64_t group = kernels().group_rows;
-            for (int64_t t = 0; t < part.rows; ++t)
-                kernels().swiglu_row(gate.outputs, g + t * group, u + t * group,
-                                     y + (first + row + t) * width + gate.first_row);
+            const float *g = compute(gate, in, 0), *u = compute(tasks[pairs + i], in, 1);
+            const int64_t group = kGroupRows;
+            for (int64_t t = 0; t < in.rows; ++t)
+                kernels().swiglu_row(gate.outputs, g + t * group, u + t * group, y + (first + t) * width + gate.first_row);
         });
     });
 }

@@ -17,10 +17,10 @@ namespace {
 #if defined(PRONK_VNNI_512)
 constexpr int kUnrolledGroups = 8;
 constexpr int kFewRows = 3, kFewVectors = 4, kTileRows = 5, kVectors = 2, kFineRows = 4, kDenseRows = 6;
-#elif defined(__AVX2__)
+#elif defined(PRONK_X86)
 constexpr int kUnrolledGroups = 8;
 constexpr int kFewRows = 2, kFewVectors = 4, kTileRows = 4, kVectors = 2, kFineRows = 4, kDenseRows = 4;
-#elif defined(__ARM_FEATURE_DOTPROD)
+#elif defined(PRONK_DOTPROD)
 constexpr int kUnrolledGroups = 8;
 constexpr int kFewRows = 2, kFewVectors = 4, kTileRows = 3, kVectors = 4, kFineRows = 2, kDenseRows = 4;
 #else
@@ -28,8 +28,6 @@ constexpr int kUnrolledGroups = 1;  // dot4 takes dozens of instructions here: a
 constexpr int kFewRows = 1, kFewVectors = 4, kTileRows = 2, kVectors = 4, kFineRows = 2, kDenseRows = 2;
 #endif
 constexpr int kPerPanel = kPanel / W;  // vectors of a panel
-constexpr int kGroupPanels = 4;        // panels that a task's inner loop covers
-constexpr int kGroupRows = kGroupPanels * kPanel;
 constexpr int kDenseVectors = kFewVectors;
 constexpr int kDenseChunk = 64;        // inputs summed before they join the total
 
@@ -207,7 +205,7 @@ struct TileRows {
 };
 
 PRONK_INLINE TileRows rows_at(const QuantizedRows& a, int64_t t, int64_t span) {
-    const int64_t at = (span * a.pitch + t) * kSpan;
+    const int64_t at = (span * a.rows + t) * kSpan;
     return {a.q + at * kBlock, a.fine + at * kBlock, a.blocks + at};
 }
 
@@ -449,21 +447,6 @@ void tile_rows(const QuantizedRows& a, int64_t t, const Span<P>& span, int vecto
     }
 }
 
-// Rows with a fine part, by block of a span.
-struct FineRows {
-    uint16_t rows[kSpan][kMaxRows];
-    int count[kSpan];
-};
-
-PRONK_INLINE void list_fine_rows(const TileRows& rows, int64_t n_rows, int n, FineRows& fine) {
-    for (int i = 0; i < kSpan; ++i) fine.count[i] = 0;
-    for (int64_t t = 0; t < n_rows; ++t)
-        for (int i = 0; i < n; ++i) {  // without a branch: which rows have one is anybody's guess
-            fine.rows[i][fine.count[i]] = uint16_t(t);
-            fine.count[i] += rows.blocks[t * kSpan + i].fine_sum != kNoFine;
-        }
-}
-
 template <Pack P, int NV, int MR>
 PRONK_INLINE void fine_tile(const TileRows& rows, int i, const uint16_t* at, const Span<P>& span, int v0, float* out) {
     fine_block<P, MR, NV>(
@@ -489,11 +472,9 @@ void fine_rows(const TileRows& rows, int i, const uint16_t* at, int count, const
 template <Pack P>
 void add_fine_parts(const QuantizedRows& a, const Span<P>& span, int vectors, int64_t b0, int n, float* out) {
     const TileRows rows = rows_at(a, 0, b0 / kSpan);
-    FineRows fine;
-    list_fine_rows(rows, a.rows, n, fine);
-    for (int i = 0; i < n; ++i)
+    for (int64_t i = 0; i < n; ++i)
         for (int v = 0; v < vectors; v += kVectors)
-            fine_rows<P, kVectors>(rows, i, fine.rows[i], fine.count[i], span, v, out);
+            fine_rows<P, kVectors>(rows, int(i), a.fine_rows + (b0 + i) * a.rows, a.fine_count[b0 + i], span, v, out);
 }
 
 // The span after this one: of these panels or, past their end, of the ones behind them.
@@ -591,9 +572,6 @@ void group_dense(const float* x, int64_t rows, int64_t k, const uint8_t* panel, 
 
 }  // namespace
 
-extern const int group_rows;
-const int group_rows = kGroupRows;
-
 void linear_group(Pack pack, const LinearInputs& in, const uint8_t* panel, int panels, float* out) {
     switch (pack) {
         case Pack::F32: return group_dense<Pack::F32>(in.x, in.rows, in.k, panel, panels, out);
@@ -646,7 +624,7 @@ PRONK_INLINE void quantize_block(const float* x, const Rounding& rounding, int8_
 
 void quantize_row(const float* x, int64_t k, int64_t rows, int64_t t, int8_t* q, int8_t* fine, RowBlock* blocks) {
     const float limit = kStandOut * root_mean_square(x, k);
-    const QuantizedRows a{q, fine, blocks, rows, k, rows};
+    const QuantizedRows a{q, fine, blocks, nullptr, nullptr, rows, k};
     for (int64_t b = 0; b < k / kBlock; ++b, x += kBlock) {
         const int64_t at = rows_at(a, t, b / kSpan).q - q + b % kSpan * kBlock;
         RowBlock& block = blocks[at / kBlock];

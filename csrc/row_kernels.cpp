@@ -5,7 +5,6 @@
 
 namespace pronk::PRONK_ISA {
 
-extern const int group_rows;
 void linear_group(Pack, const LinearInputs&, const uint8_t*, int, float*);
 void quantize_row(const float*, int64_t, int64_t, int64_t, int8_t*, int8_t*, RowBlock*);
 void load_query(const KvLayer&, const float*, float, float*);
@@ -73,7 +72,7 @@ int64_t int8_burst(int64_t repeats) {
     return macs;
 #elif defined(PRONK_VNNI_256)
     __m256i u = _mm256_set1_epi8(3), s = _mm256_set1_epi8(-2);
-#if defined(__AVXVNNI__)
+#if !defined(PRONK_AVXVNNI_BY_AVX512)
 #define PRONK_DOT "%{vex%} vpdpbusd %1, %0, "
 #else
 #define PRONK_DOT "vpdpbusd %1, %0, "
@@ -101,7 +100,7 @@ int64_t int8_burst(int64_t repeats) {
             "vpaddd %%ymm4, %%ymm0, %%ymm0\n vpaddd %%ymm5, %%ymm1, %%ymm1\n" ::"x"(u), "x"(s), "x"(one)
             : "xmm0", "xmm1", "xmm4", "xmm5", "xmm6", "xmm7");
     return macs;
-#elif defined(__ARM_FEATURE_DOTPROD)
+#elif defined(PRONK_DOTPROD)
     const int8x16_t a = vdupq_n_s8(3), b = vdupq_n_s8(-2);
     for (int64_t i = 0; i < repeats; ++i)
         asm volatile(
@@ -163,8 +162,8 @@ int64_t read_burst(const uint8_t* data, size_t bytes, int way) {
 #define PRONK_STRING(x) PRONK_STRING_OF(x)
 
 extern const Kernels table;
-const Kernels table = {
-    PRONK_STRING(PRONK_ISA), group_rows, linear_group, quantize_row, rms_norm_row, swiglu_row, load_query, attend,
+constinit const Kernels table = {
+    PRONK_STRING(PRONK_ISA), linear_group, quantize_row, rms_norm_row, swiglu_row, load_query, attend,
     merge, store_key, store_value, int8_burst, read_burst,
 };
 

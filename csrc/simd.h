@@ -11,21 +11,19 @@
 
 #include "half.h"
 
-#if defined(__AVX2__)
+#if defined(PRONK_VNNI_512) || defined(PRONK_VNNI_256) || defined(PRONK_MADDUBS)
+#define PRONK_X86
 #include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD)
+#elif defined(PRONK_DOTPROD)
 #include <arm_neon.h>
 #endif
 
-// Dot products of 256 bits, which AVX-VNNI adds to AVX2. AVX-512 has the same instruction under
-// another code, by which the kernels can be tested where there is no AVX-VNNI (CMakeLists.txt).
-#if defined(__AVXVNNI__) || defined(PRONK_AVXVNNI_BY_AVX512)
-#define PRONK_VNNI_256
-#elif defined(__AVX512VNNI__)
-#define PRONK_VNNI_512
-#elif defined(__AVX2__)
-#define PRONK_MADDUBS
-#endif
+// CMakeLists.txt defines at most one of
+//   PRONK_VNNI_512   dot products of bytes in 512 bits
+//   PRONK_VNNI_256   in 256 bits, which AVX-VNNI adds to AVX2; AVX-512 has the same instruction under
+//                    another code, by which the kernels can be tested where there is no AVX-VNNI
+//   PRONK_MADDUBS    AVX2 alone: sums of two products in 16 bits
+//   PRONK_DOTPROD    ARM's
 
 namespace pronk::PRONK_ISA {
 namespace {
@@ -34,7 +32,7 @@ namespace {
 
 #if defined(PRONK_VNNI_512)
 constexpr int W = 16;
-#elif defined(__AVX2__)
+#elif defined(PRONK_X86)
 constexpr int W = 8;
 #else
 constexpr int W = 4;
@@ -88,7 +86,7 @@ PRONK_INLINE vi dot4(vi acc, vb u, vb s) {
     return reinterpret_cast<vi>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(u), reinterpret_cast<__m512i>(s)));
 }
 
-#elif defined(__AVX2__)
+#elif defined(PRONK_X86)
 
 PRONK_INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 PRONK_INLINE vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
@@ -118,7 +116,7 @@ PRONK_INLINE vi add_pairs(vs pairs) {
 }
 PRONK_INLINE vi dot4(vi acc, vb unsigned_bytes, vb signed_bytes) {
     const __m256i u = reinterpret_cast<__m256i>(unsigned_bytes), s = reinterpret_cast<__m256i>(signed_bytes);
-#if defined(__AVXVNNI__)
+#if defined(PRONK_VNNI_256) && !defined(PRONK_AVXVNNI_BY_AVX512)
     return reinterpret_cast<vi>(_mm256_dpbusd_avx_epi32(reinterpret_cast<__m256i>(acc), u, s));
 #elif defined(PRONK_VNNI_256)
     return reinterpret_cast<vi>(_mm256_dpbusd_epi32(reinterpret_cast<__m256i>(acc), u, s));
@@ -130,7 +128,7 @@ PRONK_INLINE vi dot4(vi acc, vb unsigned_bytes, vb signed_bytes) {
 #endif
 }
 
-#elif defined(__ARM_FEATURE_DOTPROD)
+#elif defined(PRONK_DOTPROD)
 
 PRONK_INLINE vf fma(vf a, vf b, vf c) {
     return reinterpret_cast<vf>(vfmaq_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a), reinterpret_cast<float32x4_t>(b)));
@@ -181,7 +179,7 @@ PRONK_INLINE vi dot4(vi acc, vb codes, int32_t four) { return dot4(acc, codes, r
 
 // The same for codes up to 127.
 PRONK_INLINE vi dot4_small(vi acc, vb codes, int32_t four) {
-#if defined(__ARM_FEATURE_DOTPROD)
+#if defined(PRONK_DOTPROD)
     return dot4_signed(acc, codes, reinterpret_cast<vb>(splat(four)));
 #else
     return dot4(acc, codes, four);
@@ -239,10 +237,10 @@ PRONK_INLINE vf exp(vf x) {
 PRONK_INLINE float sum_lanes(vf v) {
 #if defined(PRONK_VNNI_512)
     const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-#elif defined(__AVX2__)
+#elif defined(PRONK_X86)
     const __m256 a = v;
 #endif
-#if defined(__AVX2__)
+#if defined(PRONK_X86)
     const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
     return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
@@ -256,10 +254,10 @@ PRONK_INLINE int32_t max_lanes(vi v) {
 #if defined(PRONK_VNNI_512)
     const __m512i x = reinterpret_cast<__m512i>(v);
     const __m256i a = _mm256_max_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
-#elif defined(__AVX2__)
+#elif defined(PRONK_X86)
     const __m256i a = reinterpret_cast<__m256i>(v);
 #endif
-#if defined(__AVX2__)
+#if defined(PRONK_X86)
     const __m128i b = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     const __m128i c = _mm_max_epi32(b, _mm_shuffle_epi32(b, 0x4e));
     return _mm_cvtsi128_si32(_mm_max_epi32(c, _mm_shuffle_epi32(c, 0xb1)));
@@ -271,7 +269,7 @@ PRONK_INLINE int32_t max_lanes(vi v) {
 
 // Sum of 16 signed bytes.
 PRONK_INLINE int32_t sum_bytes(const int8_t* p) {
-#if defined(__AVX2__)
+#if defined(PRONK_X86)
     const __m128i shifted = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(-128));
     const __m128i sums = _mm_sad_epu8(shifted, _mm_setzero_si128());  // of each 8, as unsigned bytes
     return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
@@ -296,10 +294,10 @@ PRONK_INLINE float peak_of(const float* x, int64_t n) {
 PRONK_INLINE float max_lanes(vf v) {
 #if defined(PRONK_VNNI_512)
     const __m256 a = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-#elif defined(__AVX2__)
+#elif defined(PRONK_X86)
     const __m256 a = v;
 #endif
-#if defined(__AVX2__)
+#if defined(PRONK_X86)
     const __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     const __m128 c = _mm_max_ps(b, _mm_movehl_ps(b, b));
     return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));

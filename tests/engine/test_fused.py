@@ -1,5 +1,7 @@
 """All layers as one native call (csrc/stack.cpp) against single ops: the same bits."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -36,7 +38,7 @@ def make_weights(config: ModelConfig, kind: str, *, fused: bool) -> LlamaWeights
         )
         for _ in range(config.n_layers)
     ]
-    norm, cos_sin = vector(rng, config.dim), rope_table(config, 256)
+    norm, cos_sin = vector(rng, config.dim), rope_table(config, config.context)
     return LlamaWeights(
         embed=cpu.make_table(random_tensor(kind, config.vocab_size, config.dim, rng)),
         layers=layers,
@@ -95,6 +97,30 @@ def test_one_call_gives_the_same_bits(
     for plain, fused_logits in zip(*found, strict=True):
         assert np.isfinite(plain).all()
         np.testing.assert_array_equal(plain, fused_logits)
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q4_1", "Q6_K"])
+def test_steps_of_more_rows_than_a_pass(kind: str) -> None:
+    """The fused block and one thread against single ops and three: 600 rows are cut in two."""
+    config = replace(model(4, 2, 64), context=608)
+    ids = np.random.default_rng(1).integers(0, 100, 600).astype(np.int32)
+    table = np.arange(608 // BLOCK, dtype=np.int32)[None]
+    batch = Batch(
+        np.arange(600, dtype=np.int32),
+        np.array([0, 600], np.int32),
+        np.array([600], np.int32),
+        table,
+    )
+    found = []
+    for fused, threads in ((False, 3), (True, 3), (True, 1)):
+        cpu.set_threads(threads)
+        weights = make_weights(config, kind, fused=fused)
+        kv = cpu.make_kv(config, 608 // BLOCK, "f16")
+        found.append(forward(cpu, config, weights, ids, batch, kv))
+    cpu.set_threads(1)
+    assert np.isfinite(found[0]).all()
+    np.testing.assert_array_equal(found[1], found[0])
+    np.testing.assert_array_equal(found[2], found[0])
 
 
 def test_time_is_booked_by_operation() -> None:
