@@ -1,11 +1,18 @@
 """Fixtures that several folders of tests share."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from pronk.checkpoints.cache import cache_root
+
+
+def pytest_configure() -> None:
+    """A shell in the background starts programs that ignore Ctrl-C, and they their children."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
