@@ -169,8 +169,8 @@ class Scripted:
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens = tokens
 
-    def run(self, slices: Sequence[Slice]) -> list[Sampled | None]:
-        return [Sampled(self._tokens[s.request.n_output]) if s.sample else None for s in slices]
+    def run(self, slices: Sequence[Slice]) -> list[list[Sampled]]:
+        return [[Sampled(self._tokens[s.request.n_output])] if s.sample else [] for s in slices]
 
 
 def script(llm: LLM, text: str) -> list[int]:

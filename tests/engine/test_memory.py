@@ -11,7 +11,7 @@ from pronk.core.config import ModelConfig
 from pronk.core.errors import MemoryLimitError
 from pronk.engine.blocks import blocks_for
 from pronk.engine.memory import DEFAULT_CONTEXT, Need, check_logits, fit, free_memory
-from pronk.engine.scheduler import OBSERVED_CHUNK
+from pronk.engine.scheduler import MOST_DRAFTED, OBSERVED_CHUNK
 
 LLAMA_8B = ModelConfig(
     dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, ffn_dim=14336,
@@ -125,10 +125,13 @@ def test_weights_that_do_not_fit_are_said_so() -> None:
 
 
 def test_the_plan_counts_the_logits_that_are_observed() -> None:
-    """66 MB at this vocabulary, beside the rows that tokens are drawn from."""
+    """66 MB at this vocabulary, beside the rows that tokens are drawn from or guessed in."""
     need = need_8b(max_batch=1)
     narrow = replace(need, config=replace(LLAMA_8B, vocab_size=256))
-    assert need.slack(512) - narrow.slack(512) == 4 * (OBSERVED_CHUNK + 3) * 128_000
+    assert (
+        need.slack(512) - narrow.slack(512)
+        == 4 * (OBSERVED_CHUNK + 3 * (1 + MOST_DRAFTED)) * 128_000
+    )
 
 
 def test_logits_that_do_not_fit_are_refused_with_the_numbers() -> None:

@@ -6,7 +6,7 @@ import itertools
 import linecache
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
@@ -23,6 +23,7 @@ from pronk.engine import engine as engine_module
 from pronk.engine import request as request_module
 from pronk.engine import scheduler as scheduler_module
 from pronk.engine.blocks import BlockPool, blocks_for
+from pronk.engine.draft import Speculator
 from pronk.engine.engine import Engine
 from pronk.engine.request import Request, SamplingParams
 from pronk.engine.scheduler import OBSERVED_CHUNK, Outcome, Slice
@@ -52,7 +53,7 @@ class FakeModel:
         self.steps.append(list(slices))
         return [ValueError("bad logits") if self.fails(s) else self._run(s) for s in slices]
 
-    def _run(self, s: Slice) -> Sampled | None:
+    def _run(self, s: Slice) -> list[Sampled]:
         assert s.n >= 1
         request, state = s.request, 0
         if s.start:
@@ -62,7 +63,15 @@ class FakeModel:
             self.kv[self._slot(request, position)] = state
         caught_up = s.start + s.n == request.known
         assert s.sample == (caught_up and request.params is not None)
-        return Sampled(next_token(state, request.n_output)) if s.sample else None
+        if not s.sample:
+            return []
+        drawn = [Sampled(next_token(state, request.n_output))]
+        for i, guess in enumerate(s.draft):
+            state = mix(state, guess)
+            self.kv[self._slot(request, s.start + s.n + i)] = state
+            drawn.append(Sampled(next_token(state, request.n_output + i + 1)))
+        wrong = (i for i, guess in enumerate(s.draft) if drawn[i].token != guess)
+        return drawn[: next(wrong, len(s.draft)) + 1]
 
     def _slot(self, request: Request, position: int) -> int:
         return request.blocks[position // BLOCK] * BLOCK + position % BLOCK
@@ -168,6 +177,39 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.engine.scheduler.pool.n_referenced == 0
 
 
+class Guesser(Speculator):
+    """Guesses the next tokens, every third one wrong."""
+
+    def propose(self, requests: Iterable[Request], room: int) -> dict[Request, Sequence[int]]:
+        guesses: dict[Request, Sequence[int]] = {}
+        for request in requests:
+            n = min(
+                request.n_prompt % 5 + request.known % 3, room, request.limit - request.known - 1
+            )
+            state = 0
+            for token in request.ids:
+                state = mix(state, token)
+            draft = []
+            for i in range(n):
+                right = next_token(state, request.n_output + i)
+                draft.append(right if (request.known + i) % 3 else (right + 1) % VOCAB)
+                state = mix(state, draft[-1])
+            guesses[request] = draft
+            room -= len(draft)
+        return guesses
+
+
+class GuessingMachine(EngineMachine):
+    """The same with drafts that are right and wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = make_engine(6, max_batch=4, token_budget=50, speculator=Guesser())
+
+
+TestGuessingMachine = GuessingMachine.TestCase
+TestGuessingMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
 TestEngineMachine = EngineMachine.TestCase
 TestEngineMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
@@ -179,6 +221,7 @@ TestEngineMachine.settings = settings(max_examples=60, stateful_step_count=40, d
     max_batch=st.sampled_from([1, 2, 8]),
     prefix_cache=st.booleans(),
     n_blocks=st.sampled_from([6, 9, 100]),
+    speculator=st.sampled_from([None, Speculator, Guesser]),
 )
 def test_answers_depend_on_the_request_alone(
     batch: list[tuple[list[int], int]],
@@ -186,10 +229,12 @@ def test_answers_depend_on_the_request_alone(
     max_batch: int,
     prefix_cache: bool,
     n_blocks: int,
+    speculator: type[Speculator] | None,
 ) -> None:
     engine = make_engine(
-        n_blocks, token_budget=token_budget, max_batch=max_batch, prefix_cache=prefix_cache
-    )
+        n_blocks, token_budget=token_budget, max_batch=max_batch, prefix_cache=prefix_cache,
+        speculator=speculator and speculator(),
+    )  # fmt: skip
     requests = [make_request(prompt, n) for prompt, n in batch]
     engine.run(requests)
     for request, (prompt, n) in zip(requests, batch, strict=True):
@@ -343,7 +388,7 @@ def test_an_observed_request_sees_every_position_once() -> None:
         sizes += [s.n for s in model.steps[-1]]
     assert sizes == [64, 64, 64, 8]
     assert seen.cached == 0
-    assert [(event.token, event.finish_reason) for event in events] == [(None, "length")]
+    assert [(event.tokens, event.finish_reason) for event in events] == [((), "length")]
 
 
 def test_a_request_that_cannot_fit_is_refused_at_the_door() -> None:
@@ -477,7 +522,7 @@ def test_a_text_that_cannot_be_read_ends_its_own_request_only(bad_end: bool) -> 
         events += engine.step()
         check_accounts(engine)
     (last,) = [e for e in events if e.request is failing and e.finish_reason]
-    assert (last.token, last.finish_reason) == (None, "error")
+    assert (last.tokens, last.finish_reason) == ((), "error")
     assert failing.output == wanted[: 12 if bad_end else wanted.index(wanted[5]) + 1]
     with pytest.raises(ZeroDivisionError, match="unreadable"):
         failing.raise_error()

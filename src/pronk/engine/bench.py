@@ -198,7 +198,7 @@ class Recorder:
         return taken
 
     def run(self, slices: Sequence[Slice]) -> Sequence[Outcome]:
-        self._steps.append([Chunk(s.start, s.n, s.sample) for s in slices])
+        self._steps.append([Chunk(s.start, s.rows, s.sample) for s in slices])
         return self._model.run(slices)
 
 

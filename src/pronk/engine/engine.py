@@ -5,12 +5,14 @@ steps is the one that touches arrays at that moment, and all others see Python v
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from pronk.core.errors import UserError
 from pronk.engine.blocks import BlockPool
+from pronk.engine.draft import Speculator
 from pronk.engine.request import FinishReason, Request
 from pronk.engine.scheduler import Outcome, Scheduler, Slice
 
@@ -21,7 +23,7 @@ class Computes(Protocol):
     """What the engine wants of a model (`Runner`, or a fake one in a test)."""
 
     def run(self, slices: Sequence[Slice]) -> Sequence[Outcome]:
-        """Computes the slices; the drawn token of each that has `sample`, or the exception that
+        """Computes the slices; what was drawn for each that has `sample`, or the exception that
         ends one request. What is raised instead undoes the step for all of them."""
         ...
 
@@ -31,8 +33,8 @@ class Event:
     """One request moved on."""
 
     request: Request
-    token: int | None
-    """None: the request ended without one (nothing was to be drawn)."""
+    tokens: tuple[int, ...]
+    """None where the request ended without drawing any."""
     text: str
     """Text that became certain; all of a request's texts joined are its answer."""
     finish_reason: FinishReason | None
@@ -63,8 +65,10 @@ class Engine:
         max_batch: int = 8,
         token_budget: int = 512,
         prefix_cache: bool = True,
+        speculator: Speculator | None = None,
     ) -> None:
         self._model = model
+        self._speculator = speculator
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
         self._in_order = True
@@ -73,6 +77,7 @@ class Engine:
             context=context,
             max_batch=max_batch,
             token_budget=token_budget,
+            drafts=speculator,
         )
 
     @property
@@ -141,7 +146,11 @@ class Engine:
         slices = self.scheduler.schedule()
         if not slices:
             return []
+        started = time.perf_counter()
         outcomes = self._model.run(slices)
+        if self._speculator is not None and all(s.n == 1 for s in slices):
+            rows = sum(s.rows for s in slices)
+            self._speculator.costs.book(rows, time.perf_counter() - started)
         return [
             event
             for done, outcome in zip(slices, outcomes, strict=True)
@@ -154,21 +163,36 @@ class Engine:
         if isinstance(outcome, Exception):
             return self._end(request, "error", outcome)
         self.scheduler.commit(done)
-        if outcome is None:
+        if not outcome:
             waits = request.params is not None or request.computed < request.known
             return None if waits else self._end(request, "length")
+        texts: list[str] = []
         try:
-            text = request.append(outcome)
+            for sampled in outcome:
+                texts.append(request.append(sampled))
+                if request.finish_reason is not None:
+                    break
         except Exception as error:  # of whoever reads the text: no business of the other requests
             return self._end(request, "error", error)
+        self._accept(done, len(texts) - 1)
         if request.finish_reason is not None:
             self.scheduler.finish(request, request.finish_reason)
-        return Event(request, outcome.token, text, request.finish_reason)
+        tokens = tuple(sampled.token for sampled in outcome[: len(texts)])
+        return Event(request, tokens, "".join(texts), request.finish_reason)
+
+    def _accept(self, done: Slice, n: int) -> None:
+        """The first `n` tokens of a slice's draft were right."""
+        if done.draft:
+            self.scheduler.commit(done, n)
+        if self._speculator is not None:
+            self._speculator.learn(done.request, len(done.draft), n)
+            if done.request.finish_reason is not None:
+                self._speculator.remember(done.request)
 
     def _end(self, request: Request, reason: FinishReason, error: Exception | None = None) -> Event:
         """Ends a request without a token."""
         self.scheduler.finish(request, reason, error)
-        return Event(request, None, "", reason)
+        return Event(request, (), "", reason)
 
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
         if ids and not (min(ids) >= 0 and max(ids) < self._vocab_size):

@@ -18,6 +18,7 @@ from pronk.checkpoints.pull import locate
 from pronk.core.config import ModelConfig
 from pronk.core.errors import UserError
 from pronk.core.progress import Progress, silent
+from pronk.engine.draft import Speculator
 from pronk.engine.engine import Engine, pending
 from pronk.engine.load import (
     load_model,
@@ -76,7 +77,8 @@ class LLM:
     its answer together; without it the model's own, at most 8192, or what there is memory for.
     `threads` None: all that this process may use. `max_batch` requests at most share a step, which
     computes at most `token_budget` tokens; neither changes an answer, nor does `prefix_cache`,
-    which keeps what has been computed for prompts that begin alike. `layout_cache` keeps the packed
+    which keeps what has been computed for prompts that begin alike, nor `speculate`, which computes
+    several tokens at once where the text repeats what came before. `layout_cache` keeps the packed
     weights on disk, as much again as the model, so that the next start takes a moment (None: if
     the environment variable PRONK_LAYOUT_CACHE is 1). Raises UserError, and MemoryLimitError before
     anything is loaded that does not fit.
@@ -93,6 +95,7 @@ class LLM:
         max_batch: int = 8,
         token_budget: int = 512,
         prefix_cache: bool = True,
+        speculate: bool = True,
         layout_cache: bool | None = None,
         progress: Progress = silent,
     ) -> None:
@@ -124,6 +127,7 @@ class LLM:
                 max_batch=max_batch,
                 token_budget=token_budget,
                 prefix_cache=prefix_cache,
+                speculator=Speculator() if speculate else None,
             )
         except BaseException:
             self._checkpoint.close()

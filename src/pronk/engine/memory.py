@@ -10,7 +10,7 @@ from pronk.backends.protocol import BLOCK, KvDtype
 from pronk.core.config import ModelConfig
 from pronk.core.errors import MemoryLimitError
 from pronk.engine.blocks import blocks_for
-from pronk.engine.scheduler import OBSERVED_CHUNK
+from pronk.engine.scheduler import MOST_DRAFTED, OBSERVED_CHUNK
 
 DEFAULT_CONTEXT = 8192
 SMALLEST_CONTEXT = 512
@@ -100,7 +100,7 @@ class Need:
         and observed), the rotary table, the process itself."""
         c = self.config
         width = 4 * c.dim + 3 * c.ffn_dim + 3 * (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
-        n_logits = 3 * self.max_batch + min(OBSERVED_CHUNK, self.token_budget)
+        n_logits = 3 * (self.max_batch + MOST_DRAFTED) + min(OBSERVED_CHUNK, self.token_budget)
         numbers = self.token_budget * width + n_logits * c.vocab_size
         return 4 * numbers + 12 * context * c.head_dim + _PROCESS_BYTES
 

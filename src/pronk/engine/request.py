@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from enum import Enum
 from numbers import Integral, Real
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from pronk.backends.protocol import F32, Sampled, SampleParams
 from pronk.core.errors import UserError
@@ -21,6 +21,24 @@ FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 Observer: TypeAlias = Callable[[int, F32], None]
 """Called as `observer(start, logits_NV)`: the logits of the prompt's positions from `start` on. A
 position comes again, with the same numbers, when a request was preempted."""
+
+
+class Constraint(Protocol):
+    """What an answer must look like: which tokens may come next (text/grammar.py)."""
+
+    def masks(self, draft: Sequence[int]) -> Sequence[bytes | None]:
+        """For the next token and for those behind each token of a draft that is `allowed`: a bit
+        for each token of the vocabulary, the lowest bit of a byte first; None: all may come."""
+        ...
+
+    def allowed(self, draft: Sequence[int]) -> int:
+        """How many tokens of a draft may come, the first behind what was written so far."""
+        ...
+
+    def advance(self, token: int) -> None:
+        """A token has been written. Raises PronkError if it was not allowed to come."""
+        ...
+
 
 MAX_LOGPROBS = 100
 MAX_SEED = 2**63 - 1
@@ -186,12 +204,15 @@ class Request:
         eos_ids: frozenset[int] = frozenset(),
         text: AnswerText | None = None,
         observer: Observer | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         """`eos_ids` are the model's end tokens; `text` turns tokens into text and finds stop
-        strings, and without it an answer is token ids only."""
+        strings, and without it an answer is token ids only; `constraint` says which tokens may
+        come."""
         self.id = next(self._numbers)
         self.params = params
         self.observer = observer
+        self.constraint = constraint
         self.ids = _as_array(prompt)
         """All known tokens: the prompt, then the answer."""
         self.n_prompt = len(self.ids)
@@ -268,18 +289,17 @@ class Request:
         if self.error is not None:
             raise self.error
 
-    def sample_params(self) -> SampleParams:
-        """How the next token is drawn. The ids in it are the request's own arrays, no copies: they
-        are good until `append`."""
+    def sample_params(self, draft: Sequence[int] = ()) -> SampleParams:
+        """How the token behind the known ones and a draft is drawn. Without a draft the ids in it
+        are the request's own arrays, no copies: they are good until `append`."""
         assert self.params is not None
+        draw = self.n_output + len(draft)
         if self.params.penalizes:
+            output = self._output + array("i", draft) if draft else self._output
             return SampleParams(
-                **self._fixed,
-                draw=self.n_output,
-                prompt_ids=self._prompt,
-                output_ids=self._output,
+                **self._fixed, draw=draw, prompt_ids=self._prompt, output_ids=output
             )
-        return SampleParams(**self._fixed, draw=self.n_output)
+        return SampleParams(**self._fixed, draw=draw)
 
     def append(self, sampled: Sampled) -> str:
         """Takes the next token; the text that it makes certain. Sets `finish_reason` if it was
@@ -290,6 +310,8 @@ class Request:
             self.first_token_at = self.last_token_at
         self.ids.append(sampled.token)
         self._output.append(sampled.token)
+        if self.constraint is not None:
+            self.constraint.advance(sampled.token)
         if sampled.token in self._ends:
             self.finish_reason = "stop"
         elif self.known >= self.limit:

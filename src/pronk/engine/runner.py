@@ -6,9 +6,12 @@ every token, so it does a few array copies for each request and nothing for each
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from pronk.backends.protocol import F32, I32, Batch, KvDtype, Ops, Sampled, SampleParams
 from pronk.core.config import ModelConfig
@@ -16,6 +19,8 @@ from pronk.engine.blocks import blocks_for
 from pronk.engine.request import Observer
 from pronk.engine.scheduler import Outcome, Slice
 from pronk.model.llama import LlamaWeights, forward
+
+Mask: TypeAlias = npt.NDArray[np.bool_]
 
 _step_lock = threading.Lock()
 """The threads of a backend belong to the process: engines that share them take turns."""
@@ -52,24 +57,32 @@ class Runner:
         self._kv = ops.make_kv(config, n_blocks, kv_dtype)
         self._n_tokens = n_tokens
         self._threads = threads
+        self._mask_thread: ThreadPoolExecutor | None = None
 
     def run(self, slices: Sequence[Slice]) -> list[Outcome]:
-        """Computes every slice; the drawn token of each that has `sample`, None for the others, and
-        the exception of one whose logits are not finite or whose observer raised it. Observers
-        are called with the logits of their slices on the host."""
+        """Computes every slice; the tokens drawn for each that has `sample`, as far as its draft
+        was right, and the exception of one whose logits are not finite or whose observer raised
+        it. Observers are called with the logits of their slices on the host."""
         ids_T, batch = pack(slices)
         rows_R, draws_R = wanted_rows(slices, batch.starts_S)
+        masks = self._begin_masks(slices)  # while the model computes
         with _step_lock:
             self.ops.set_threads(self._threads)
             logits_RV = forward(
                 self.ops, self.config, self._weights, ids_T, batch, self._kv, rows_R
             )
             errors = self._observe(slices, logits_RV)
-            params = [s.request.sample_params() for s in slices if s.sample]
+            params = [
+                s.request.sample_params(s.draft[:i])
+                for s in slices
+                if s.sample
+                for i in range(len(s.draft) + 1)
+            ]
             if len(draws_R) < len(logits_RV):
                 logits_RV = self.ops.take_rows(logits_RV, draws_R)
-            drawn = iter(self._draw(logits_RV[:, : self._n_tokens], params))
-        outcomes = [next(drawn) if s.sample else None for s in slices]
+            mask_RV = None if masks is None else masks.result()
+            drawn = iter(self._draw(logits_RV[:, : self._n_tokens], params, mask_RV))
+        outcomes = [right_ones(s, drawn) if s.sample else () for s in slices]
         return [e if e is not None else o for e, o in zip(errors, outcomes, strict=True)]
 
     def _observe(self, slices: Sequence[Slice], logits_RV: F32) -> list[Exception | None]:
@@ -85,23 +98,69 @@ class Runner:
                     observer(s.start, self.ops.to_host(logits_RV[row : row + n_prompt]))
                 except Exception as error:
                     errors[-1] = error
-            row += s.n if observer is not None else s.sample
+            row += s.n if observer is not None else s.sample * (len(s.draft) + 1)
         return errors
 
-    def _draw(self, logits_RV: F32, params: Sequence[SampleParams]) -> list[Sampled | Exception]:
+    def _begin_masks(self, slices: Sequence[Slice]) -> "Future[Mask | None] | None":
+        """Which tokens may be drawn, `[R, V]` of all rows that are drawn from, in a thread."""
+        drawing = [s for s in slices if s.sample]
+        if all(s.request.constraint is None for s in drawing):
+            return None
+        if self._mask_thread is None:
+            self._mask_thread = ThreadPoolExecutor(1, "pronk-masks")
+        return self._mask_thread.submit(make_masks, drawing, self._n_tokens)
+
+    def _draw(
+        self, logits_RV: F32, params: Sequence[SampleParams], mask_RV: Mask | None
+    ) -> list[Sampled | Exception]:
         """A token for each row, or why there is none."""
         if not params:
             return []
         try:
-            return [*self.ops.sample(logits_RV, params)]
+            return [*self.ops.sample(logits_RV, params, mask_RV)]
         except Exception:  # of some row; the others get the tokens that they would get anyway
-            return [self._draw_one(logits_RV[i : i + 1], p) for i, p in enumerate(params)]
+            return [
+                self._draw_one(
+                    logits_RV[i : i + 1], p, None if mask_RV is None else mask_RV[i : i + 1]
+                )
+                for i, p in enumerate(params)
+            ]
 
-    def _draw_one(self, logits_1V: F32, params: SampleParams) -> Sampled | Exception:
+    def _draw_one(
+        self, logits_1V: F32, params: SampleParams, mask_1V: Mask | None
+    ) -> Sampled | Exception:
         try:
-            return self.ops.sample(logits_1V, [params])[0]
+            return self.ops.sample(logits_1V, [params], mask_1V)[0]
         except Exception as error:
             return error
+
+
+def make_masks(drawing: Sequence[Slice], n_tokens: int) -> Mask:
+    """Bool `[R, V]`: the rows that are drawn from, those of a draft one after another."""
+    mask_RV = np.ones((sum(len(s.draft) + 1 for s in drawing), n_tokens), dtype=np.bool_)
+    row = 0
+    for s in drawing:
+        if s.request.constraint is not None:
+            for i, bits in enumerate(s.request.constraint.masks(s.draft)):
+                if bits is not None:
+                    packed = np.frombuffer(bits, np.uint8)
+                    mask_RV[row + i] = np.unpackbits(packed, count=n_tokens, bitorder="little")
+        row += len(s.draft) + 1
+    return mask_RV
+
+
+def right_ones(s: Slice, drawn: Iterator[Sampled | Exception]) -> Outcome:
+    """What was drawn behind the known tokens and, as long as these were guessed right, behind those
+    of the draft. Takes one from `drawn` for each."""
+    found = [next(drawn) for _ in range(len(s.draft) + 1)]
+    right: list[Sampled] = []
+    for i, sampled in enumerate(found):
+        if isinstance(sampled, Exception):
+            return right or sampled  # it comes again in the next step, if it is reached
+        right.append(sampled)
+        if i < len(s.draft) and sampled.token != s.draft[i]:
+            break
+    return right
 
 
 def observer_of(s: Slice) -> Observer | None:
@@ -111,20 +170,21 @@ def observer_of(s: Slice) -> Observer | None:
 
 def pack(slices: Sequence[Slice]) -> tuple[I32, Batch]:
     """Token ids and positions of all slices one after another, and whose rows they are."""
-    lengths_S = np.array([s.start + s.n for s in slices], dtype=np.int32)
+    lengths_S = np.array([s.start + s.rows for s in slices], dtype=np.int32)
     starts_S = np.zeros(len(slices) + 1, dtype=np.int32)
-    np.cumsum([s.n for s in slices], out=starts_S[1:])
+    np.cumsum([s.rows for s in slices], out=starts_S[1:])
     ids_T = np.empty(starts_S[-1], dtype=np.int32)
     positions_T = np.empty(starts_S[-1], dtype=np.int32)
     blocks_SB = np.full((len(slices), blocks_for(int(lengths_S.max()))), -1, dtype=np.int32)
     row = 0
     for i, s in enumerate(slices):
-        request, stop = s.request, s.start + s.n
+        request, stop = s.request, s.start + s.rows
         used = blocks_for(stop)
-        ids_T[row : row + s.n] = request.ids[s.start : stop]
-        positions_T[row : row + s.n] = np.arange(s.start, stop)
+        ids_T[row : row + s.n] = request.ids[s.start : s.start + s.n]
+        ids_T[row + s.n : row + s.rows] = s.draft
+        positions_T[row : row + s.rows] = np.arange(s.start, stop)
         blocks_SB[i, :used] = request.blocks[:used]
-        row += s.n
+        row += s.rows
     return ids_T, Batch(positions_T, starts_S, lengths_S, blocks_SB)
 
 
@@ -133,11 +193,9 @@ def wanted_rows(slices: Sequence[Slice], starts_S: I32) -> tuple[I32 | None, I32
     rows: list[int] = []
     draws: list[int] = []
     for s, stop in zip(slices, starts_S[1:].tolist(), strict=True):
-        if observer_of(s) is not None:
-            rows.extend(range(stop - s.n, stop))
-        elif s.sample:
-            rows.append(stop - 1)
-        if s.sample:
-            draws.append(len(rows) - 1)
+        n_draws = s.sample * (len(s.draft) + 1)
+        n_rows = s.n if observer_of(s) is not None else n_draws  # no drafts where somebody watches
+        rows.extend(range(stop - n_rows, stop))
+        draws.extend(range(len(rows) - n_draws, len(rows)))
     everything = len(rows) == starts_S[-1]
     return None if everything else np.array(rows, np.int32), np.array(draws, np.int32)

@@ -10,8 +10,9 @@ its tokens are kept, only their keys and values are computed once more.
 """
 
 from collections import deque
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeAlias
 
 from pronk.backends.protocol import BLOCK, Sampled
 from pronk.core.errors import ContextLengthError, PronkError, UserError
@@ -21,6 +22,8 @@ from pronk.engine.request import FinishReason, Request, State
 OBSERVED_CHUNK = 128
 """Most rows of one step, of all requests together, whose logits somebody wants to see: at a
 vocabulary of 128,256 they take 66 MB."""
+MOST_DRAFTED = 32
+"""Most guessed tokens of one step, of all requests together: each has a row of logits, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +35,27 @@ class Slice:
     n: int
     sample: bool
     """The last of them is the newest known token, and the next one is to be drawn."""
+    draft: tuple[int, ...] = ()
+    """Guessed tokens, computed behind the known ones where `sample` is set. One is drawn behind
+    each of them, too; what is drawn counts as far as the guesses before it were right."""
+
+    @property
+    def rows(self) -> int:
+        return self.n + len(self.draft)
 
 
-Outcome: TypeAlias = Sampled | Exception | None
-"""What came of a slice: the drawn token, None where none was to be drawn, or why its request, and
-only that one, cannot go on."""
+Outcome: TypeAlias = Sequence[Sampled] | Exception
+"""What came of a slice: the tokens drawn, all but the last of them guessed in its draft; none where
+none was to be drawn; or why its request, and only that one, cannot go on."""
+
+
+class Drafts(Protocol):
+    """Guesses at what comes next (draft.py)."""
+
+    def propose(self, requests: Iterable[Request], room: int) -> Mapping[Request, Sequence[int]]:
+        """Guessed tokens, `room` at most together, for requests whose newest token is about to be
+        computed."""
+        ...
 
 
 @dataclass(slots=True)
@@ -51,17 +70,23 @@ class _Room:
         return min(self.tokens, self.observed) if request.observed else self.tokens
 
     def book(self, chunk: Slice) -> None:
-        self.tokens -= chunk.n
+        self.tokens -= chunk.rows
         if chunk.request.observed:
             self.observed -= chunk.n
 
 
 class Scheduler:
     """`context`: most tokens of a request; `max_batch`: most requests of a step; `token_budget`:
-    most tokens of a step."""
+    most tokens of a step; `drafts`: guesses that steps of generated rows only may take along."""
 
     def __init__(
-        self, pool: BlockPool, *, context: int, max_batch: int = 8, token_budget: int = 512
+        self,
+        pool: BlockPool,
+        *,
+        context: int,
+        max_batch: int = 8,
+        token_budget: int = 512,
+        drafts: Drafts | None = None,
     ) -> None:
         sizes = {"ctx": context, "max_batch": max_batch, "token_budget": token_budget}
         for name, value in sizes.items():
@@ -71,6 +96,7 @@ class Scheduler:
         self.context = context
         self.max_batch = max_batch
         self.token_budget = token_budget
+        self.drafts = drafts
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
 
@@ -108,6 +134,7 @@ class Scheduler:
         """
         slices: list[Slice] = []
         room = _Room(self.token_budget)
+        drafts = self._propose()
         turn = 0
         while room.tokens and turn < len(self.running):
             request = self.running[turn]
@@ -115,6 +142,8 @@ class Scheduler:
                 chunk = self._chunk(request, most)
                 if not self._make_room(request, chunk.n):
                     break  # it was the youngest, and waits again
+                if draft := drafts.get(request):
+                    chunk = self._extend(chunk, draft)
                 slices.append(chunk)
                 room.book(chunk)
             turn += 1
@@ -129,10 +158,11 @@ class Scheduler:
             room.book(chunk)
         return slices
 
-    def commit(self, done: Slice) -> None:
-        """The slice's keys and values are stored."""
+    def commit(self, done: Slice, accepted: int = 0) -> None:
+        """The slice's keys and values are stored, and those of the first `accepted` tokens of its
+        draft, which are known by now."""
         request = done.request
-        request.computed = done.start + done.n
+        request.computed = done.start + done.n + accepted
         full = request.computed // BLOCK
         if self.pool.prefix_cache and full > request.published:
             extend_keys(request.keys, request.ids, full)
@@ -170,6 +200,25 @@ class Scheduler:
         self.waiting = deque(request for request in requests if not request.finished)
         self.running = []
         self.pool.forget_references()
+
+    def _propose(self) -> Mapping[Request, Sequence[int]]:
+        """Guesses, if the step will have nothing to do but decode."""
+        decodes = all(r.known - r.computed == 1 and not r.observed for r in self.running)
+        may_start = self.waiting and len(self.running) < self.max_batch
+        room = min(self.token_budget - len(self.running), MOST_DRAFTED)
+        if self.drafts is None or not self.running or not decodes or may_start or room < 1:
+            return {}
+        return self.drafts.propose([r for r in self.running if r.params is not None], room)
+
+    def _extend(self, chunk: Slice, draft: Sequence[int]) -> Slice:
+        """The slice with a draft behind it, if there are blocks for that which nobody has."""
+        request = chunk.request
+        missing = blocks_for(request.known + len(draft)) - len(request.blocks)
+        if not chunk.sample or missing > self.pool.available:
+            return chunk
+        if missing > 0:
+            request.blocks.extend(self.pool.take(missing) or ())
+        return replace(chunk, draft=tuple(draft))
 
     def _chunk(self, request: Request, most: int) -> Slice:
         n = min(request.known - request.computed, most)
