@@ -1,0 +1,149 @@
+"""What an answer must look like: JSON of a schema, a choice, a regular expression, a grammar.
+
+llguidance (Microsoft, MIT) does the work: a grammar becomes a `Matcher` that says which tokens may
+come next. Its masks are over the whole vocabulary, tokens of the answer's end included, so an
+answer ends exactly where the grammar lets it. No arrays here: masks are bytes, a bit a token.
+"""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import llguidance
+
+from pronk.core.errors import PronkError, UserError
+
+if TYPE_CHECKING:
+    from pronk.text.tokenizer import Tokenizer
+
+Kind = Literal["json_schema", "regex", "lark"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A checked grammar, good for any number of answers."""
+
+    source: str
+    """As llguidance takes it."""
+
+    @staticmethod
+    def of_json_schema(schema: Mapping[str, Any] | bool, where: str = "schema") -> "Grammar":
+        """Any JSON value that a schema admits, without superfluous white space. Raises UserError
+        for a schema that is wrong or has keywords that cannot be enforced, by name."""
+        try:
+            text = json.dumps(schema)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{where}: not a JSON schema: {error}") from None
+        options: Any = {"whitespace_flexible": False, "lenient": False}
+        try:
+            source = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=options)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
+        return _checked(source, where)
+
+    @staticmethod
+    def of_json_object() -> "Grammar":
+        """Any JSON object."""
+        return Grammar.of_json_schema({"type": "object"})
+
+    @staticmethod
+    def of_regex(pattern: str, where: str = "regex") -> "Grammar":
+        """Text that a regular expression matches as a whole (Rust's syntax, no look-around)."""
+        return _checked(llguidance.LLMatcher.grammar_from_regex(pattern), where)
+
+    @staticmethod
+    def of_choice(choices: Sequence[str], where: str = "choice") -> "Grammar":
+        """One of a few texts."""
+        if not choices or not all(isinstance(text, str) and text for text in choices):
+            raise UserError(f"{where}: {choices!r} is not a list of texts")
+        alternatives = " | ".join(json.dumps(text, ensure_ascii=False) for text in choices)
+        return _checked(llguidance.LLMatcher.grammar_from_lark(f"start: {alternatives}"), where)
+
+    @staticmethod
+    def of_lark(text: str, where: str = "grammar") -> "Grammar":
+        """Text of a context-free grammar in Lark's notation, from its rule `start`."""
+        return _checked(llguidance.LLMatcher.grammar_from_lark(text), where)
+
+
+def _checked(source: str, where: str) -> Grammar:
+    wrong, messages = llguidance.LLMatcher.validate_grammar_with_warnings(source)
+    if wrong or messages:  # a warning is a keyword that would be ignored
+        raise UserError(f"{where}: {messages[0].strip()}")
+    return Grammar(source)
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance wants to see it."""
+
+    def __init__(self, tokenizer: "Tokenizer") -> None:
+        specials = set(tokenizer.special_ids.values())
+        self.eos_token_id = min(tokenizer.stop_ids)
+        self.bos_token_id = tokenizer.bos_id
+        self.tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
+        self.special_token_ids = sorted(specials)
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encode(text)
+
+
+class Matchers:
+    """Makes matchers for one vocabulary."""
+
+    def __init__(self, tokenizer: "Tokenizer") -> None:
+        vocabulary = llguidance.TokenizerWrapper(_Vocabulary(tokenizer))
+        self._stop_ids = tokenizer.stop_ids
+        self._tokenizer = llguidance.LLTokenizer(
+            vocabulary, n_vocab=tokenizer.vocab_size, eos_token=sorted(tokenizer.stop_ids)
+        )
+
+    def matcher(self, grammar: Grammar) -> "Matcher":
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar.source, log_level=0)
+        return Matcher(matcher, self._stop_ids)
+
+
+class Matcher:
+    """How far one answer has come in its grammar (a `Constraint` of engine/request.py)."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, stop_ids: Set[int]) -> None:
+        self._matcher = matcher
+        self._stop_ids = stop_ids
+        self._raise_error()
+
+    @property
+    def complete(self) -> bool:
+        """What is written is a whole answer."""
+        return bool(self._matcher.is_accepting())
+
+    def masks(self, draft: Sequence[int]) -> Sequence[bytes | None]:
+        """The tokens that may come next, and those behind each token of a draft."""
+        masks: list[bytes | None] = [self._mask()]
+        for token in draft:
+            self.advance(token)
+            masks.append(self._mask())
+        if draft:
+            self._matcher.rollback(len(draft))
+            self._raise_error()
+        return masks
+
+    def allowed(self, draft: Sequence[int]) -> int:
+        """How many tokens of a draft the grammar admits, one after another, before the end of the
+        answer: there is no way back from that (`rollback` does not count it as a token)."""
+        tokens = list(itertools.takewhile(lambda token: token not in self._stop_ids, draft))
+        return int(self._matcher.validate_tokens(tokens)) if tokens else 0
+
+    def advance(self, token: int) -> None:
+        """A token has been written. Raises PronkError if the grammar does not admit it."""
+        self._matcher.consume_token(token)
+        self._raise_error()
+
+    def _mask(self) -> bytes:
+        mask: bytes = self._matcher.compute_bitmask()
+        self._raise_error()
+        return mask
+
+    def _raise_error(self) -> None:
+        if self._matcher.is_error():
+            raise PronkError(f"grammar: {self._matcher.get_error()}")

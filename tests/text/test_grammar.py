@@ -1,0 +1,126 @@
+"""Grammars on a model with random weights: whatever it would write, what it writes is admitted."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.tiny_models import write_gguf
+from pronk import LLM
+from pronk.core.errors import PronkError, UserError
+from pronk.engine.request import Request, SamplingParams
+from pronk.text.grammar import Grammar, Matchers
+
+SCHEMAS: list[dict[str, Any]] = [
+    {"type": "integer", "minimum": 10, "maximum": 99},
+    {"enum": ["red", 3, None, {"a": [1]}]},
+    {"type": "string", "pattern": "^[a-f]{2,4}$"},
+    {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3},
+    {
+        "type": "object",
+        "properties": {
+            "id": {"type": "integer", "minimum": 0, "maximum": 9},
+            "ok": {"const": True},
+        },
+        "required": ["id", "ok"],
+        "additionalProperties": False,
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    path = write_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf")
+    with LLM(path, backend="reference") as llm:
+        yield llm
+
+
+def answer(llm: LLM, grammar: Grammar, seed: int, max_tokens: int = 120) -> Request:
+    params = SamplingParams(temperature=5.0, seed=seed, max_tokens=max_tokens)
+    request = Request(
+        [seed, 2, 3], params, eos_ids=llm.tokenizer.stop_ids, text=llm._text_out(params),
+        constraint=Matchers(llm.tokenizer).matcher(grammar),
+    )  # fmt: skip
+    llm._open_engine().run([request])
+    return request
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=json.dumps)
+def test_answers_satisfy_their_schema(llm: LLM, schema: dict[str, Any]) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    for seed in range(5):
+        request = answer(llm, Grammar.of_json_schema(schema), seed)
+        assert request.finish_reason == "stop", request.text
+        jsonschema.validate(json.loads(request.text), schema)
+
+
+def test_choices_and_regular_expressions(llm: LLM) -> None:
+    choices = ["yes", 'no "x"\n', "maybe\\"]
+    texts = {answer(llm, Grammar.of_choice(choices), seed).text for seed in range(12)}
+    assert texts <= set(choices)
+    assert len(texts) > 1
+    for seed in range(5):
+        text = answer(llm, Grammar.of_regex("[0-9]{3}-(ab|cd)+x"), seed).text
+        assert re.fullmatch("[0-9]{3}-(ab|cd)+x", text)
+
+
+def test_a_grammar_ends_where_it_may(llm: LLM) -> None:
+    request = answer(llm, Grammar.of_lark('start: "(" start ")" | "1"'), 0)
+    assert request.finish_reason in ("stop", "length")
+    text = request.text
+    depth = text.count("(")
+    assert text == "(" * depth + "1" + ")" * (len(text) - depth - 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: Grammar.of_json_schema({"not": {"type": "string"}}, "tools[0]"), "tools[0].*not"),
+        (lambda: Grammar.of_json_schema({"uniqueItems": True, "type": "array"}), "uniqueItems"),
+        (lambda: Grammar.of_json_schema({"type": "string", "format": "nose"}), "format: nose"),
+        (lambda: Grammar.of_json_schema({"type": "foo"}), "foo"),
+        (lambda: Grammar.of_regex("(?=a)b"), "look-around"),
+        (lambda: Grammar.of_regex("("), "unclosed group"),
+        (lambda: Grammar.of_lark("start: nobody"), "nobody"),
+        (lambda: Grammar.of_choice([]), "not a list of texts"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_by_name(make: Any, named: str) -> None:
+    with pytest.raises(UserError, match=named.replace("[0]", r"\[0\]")):
+        make()
+
+
+def test_masks_behind_a_draft(llm: LLM) -> None:
+    """The masks that come when the tokens are written; looking ahead leaves no trace."""
+    grammar = Grammar.of_regex("(ab|ac)+")
+    a, b, c = (llm.tokenizer.encode(letter)[0] for letter in "abc")
+    matchers = Matchers(llm.tokenizer)
+    ahead, step = matchers.matcher(grammar), matchers.matcher(grammar)
+    masks = ahead.masks([a, b, a])
+    assert ahead.masks([]) == masks[:1]
+    for token, mask in zip([a, b, a, c], masks, strict=True):
+        assert step.masks([]) == [mask]
+        step.advance(token)
+    assert ahead.allowed([a, b, b]) == 2
+    assert ahead.allowed([b]) == 0
+    assert step.complete
+    with pytest.raises(PronkError, match="grammar"):
+        step.advance(b)
+
+
+def test_speculation_within_a_grammar(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf")
+    grammar = Grammar.of_regex("(abcabd){20}")
+    texts = []
+    for speculate in (False, True):
+        with LLM(path, backend="reference", speculate=speculate) as llm:
+            request = answer(llm, grammar, 1, max_tokens=200)
+            texts.append((request.output, request.finish_reason))
+            speculator = llm._open_engine()._speculator
+            if speculator is not None:
+                assert speculator.accepted > 20
+    assert texts[0] == texts[1]
+    assert texts[0][1] == "stop"
