@@ -340,7 +340,8 @@ class Table:
 
 
 def check_memory(subject: Subject, engines: Sequence[str], positions: int) -> None:
-    each = weight_bytes(subject.weights) + positions * subject.kv_bytes("") + (500 << 20)
+    kv_bytes = max(map(subject.kv_bytes, engines))
+    each = weight_bytes(subject.weights) + positions * kv_bytes + (500 << 20)
     free = free_memory()
     if free is not None and len(engines) * each > free:
         raise UserError(

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +124,31 @@ def test_speculation_within_a_grammar(tmp_path: Path) -> None:
                 assert speculator.accepted > 20
     assert texts[0] == texts[1]
     assert texts[0][1] == "stop"
+
+
+class Broken:
+    """A constraint that cannot say what may come."""
+
+    def masks(self, draft: Sequence[int]) -> Sequence[bytes | None]:
+        raise PronkError("grammar: broken")
+
+    def allowed(self, draft: Sequence[int]) -> int:
+        return 0
+
+    def advance(self, token: int) -> None:
+        raise AssertionError("nothing can have been drawn")
+
+
+def test_a_broken_constraint_ends_its_own_request_only(llm: LLM) -> None:
+    engine = llm._open_engine()
+    params = SamplingParams(max_tokens=6)
+    alone = Request([5, 6, 7], params)
+    engine.run([alone])
+    broken, other = Request([8, 9], params, constraint=Broken()), Request([5, 6, 7], params)
+    for request in (broken, other):
+        engine.add(request)
+    while engine.has_work:
+        engine.step()
+    assert broken.finish_reason == "error"
+    assert str(broken.error) == "grammar: broken"
+    assert other.output == alone.output

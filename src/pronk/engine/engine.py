@@ -34,7 +34,7 @@ class Event:
 
     request: Request
     tokens: tuple[int, ...]
-    """None where the request ended without drawing any."""
+    """Empty where the request ended without drawing any."""
     text: str
     """Text that became certain; all of a request's texts joined are its answer."""
     finish_reason: FinishReason | None

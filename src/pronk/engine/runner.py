@@ -6,7 +6,7 @@ every token, so it does a few array copies for each request and nothing for each
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeAlias
 
@@ -21,18 +21,25 @@ from pronk.engine.scheduler import Outcome, Slice
 from pronk.model.llama import LlamaWeights, forward
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
+Masks: TypeAlias = tuple[Mask | None, Mapping[int, Exception]]
+"""Of all rows that are drawn from; and why the masks of single slices could not be made."""
 
 _step_lock = threading.Lock()
 """The threads of a backend belong to the process: engines that share them take turns."""
 
 
-def _new_step_lock() -> None:
-    """For a forked child: the thread that holds the lock is not there to release it."""
-    global _step_lock
+_mask_thread = ThreadPoolExecutor(1, "pronk-masks")
+
+
+def _begin_anew() -> None:
+    """For a forked child: the thread that holds the lock is not there to release it, nor is the one
+    that makes masks."""
+    global _step_lock, _mask_thread
     _step_lock = threading.Lock()
+    _mask_thread = ThreadPoolExecutor(1, "pronk-masks")
 
 
-os.register_at_fork(after_in_child=_new_step_lock)
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 class Runner:
@@ -57,7 +64,6 @@ class Runner:
         self._kv = ops.make_kv(config, n_blocks, kv_dtype)
         self._n_tokens = n_tokens
         self._threads = threads
-        self._mask_thread: ThreadPoolExecutor | None = None
 
     def run(self, slices: Sequence[Slice]) -> list[Outcome]:
         """Computes every slice; the tokens drawn for each that has `sample`, as far as its draft
@@ -65,24 +71,22 @@ class Runner:
         it. Observers are called with the logits of their slices on the host."""
         ids_T, batch = pack(slices)
         rows_R, draws_R = wanted_rows(slices, batch.starts_S)
-        masks = self._begin_masks(slices)  # while the model computes
+        masks = begin_masks(slices, self._n_tokens)  # while the model computes
         with _step_lock:
             self.ops.set_threads(self._threads)
-            logits_RV = forward(
-                self.ops, self.config, self._weights, ids_T, batch, self._kv, rows_R
-            )
+            try:
+                logits_RV = forward(
+                    self.ops, self.config, self._weights, ids_T, batch, self._kv, rows_R
+                )
+            finally:
+                mask_RV, refusals = end_masks(masks)
             errors = self._observe(slices, logits_RV)
-            params = [
-                s.request.sample_params(s.draft[:i])
-                for s in slices
-                if s.sample
-                for i in range(len(s.draft) + 1)
-            ]
+            params = [s.request.sample_params(s.draft[:i]) for s in slices for i in range(s.draws)]
             if len(draws_R) < len(logits_RV):
                 logits_RV = self.ops.take_rows(logits_RV, draws_R)
-            mask_RV = None if masks is None else masks.result()
             drawn = iter(self._draw(logits_RV[:, : self._n_tokens], params, mask_RV))
-        outcomes = [right_ones(s, drawn) if s.sample else () for s in slices]
+        outcomes = [right_ones(s, drawn) for s in slices]
+        errors = [e or refusals.get(i) for i, e in enumerate(errors)]
         return [e if e is not None else o for e, o in zip(errors, outcomes, strict=True)]
 
     def _observe(self, slices: Sequence[Slice], logits_RV: F32) -> list[Exception | None]:
@@ -98,17 +102,8 @@ class Runner:
                     observer(s.start, self.ops.to_host(logits_RV[row : row + n_prompt]))
                 except Exception as error:
                     errors[-1] = error
-            row += s.n if observer is not None else s.sample * (len(s.draft) + 1)
+            row += s.n if observer is not None else s.draws
         return errors
-
-    def _begin_masks(self, slices: Sequence[Slice]) -> "Future[Mask | None] | None":
-        """Which tokens may be drawn, `[R, V]` of all rows that are drawn from, in a thread."""
-        drawing = [s for s in slices if s.sample]
-        if all(s.request.constraint is None for s in drawing):
-            return None
-        if self._mask_thread is None:
-            self._mask_thread = ThreadPoolExecutor(1, "pronk-masks")
-        return self._mask_thread.submit(make_masks, drawing, self._n_tokens)
 
     def _draw(
         self, logits_RV: F32, params: Sequence[SampleParams], mask_RV: Mask | None
@@ -135,24 +130,42 @@ class Runner:
             return error
 
 
-def make_masks(drawing: Sequence[Slice], n_tokens: int) -> Mask:
-    """Bool `[R, V]`: the rows that are drawn from, those of a draft one after another."""
-    mask_RV = np.ones((sum(len(s.draft) + 1 for s in drawing), n_tokens), dtype=np.bool_)
+def begin_masks(slices: Sequence[Slice], n_tokens: int) -> "Future[Masks] | None":
+    """Finds out which tokens may be drawn, in a thread; nothing to do where all may."""
+    if all(s.request.constraint is None for s in slices if s.sample):
+        return None
+    return _mask_thread.submit(make_masks, slices, n_tokens)
+
+
+def end_masks(masks: "Future[Masks] | None") -> Masks:
+    """Waits: nobody else may touch the constraints of the slices meanwhile."""
+    return (None, {}) if masks is None else masks.result()
+
+
+def make_masks(slices: Sequence[Slice], n_tokens: int) -> Masks:
+    """Bool `[R, V]`: the rows that are drawn from, those of a draft one after another. Where a
+    constraint raises an exception it is reported, and concerns no other slice."""
+    mask_RV = np.ones((sum(s.draws for s in slices), n_tokens), dtype=np.bool_)
+    refusals: dict[int, Exception] = {}
     row = 0
-    for s in drawing:
-        if s.request.constraint is not None:
-            for i, bits in enumerate(s.request.constraint.masks(s.draft)):
+    for i, s in enumerate(slices):
+        if s.sample and s.request.constraint is not None:
+            try:
+                allowed = s.request.constraint.masks(s.draft)
+            except Exception as error:
+                refusals[i], allowed = error, ()
+            for at, bits in enumerate(allowed, row):
                 if bits is not None:
                     packed = np.frombuffer(bits, np.uint8)
-                    mask_RV[row + i] = np.unpackbits(packed, count=n_tokens, bitorder="little")
-        row += len(s.draft) + 1
-    return mask_RV
+                    mask_RV[at] = np.unpackbits(packed, count=n_tokens, bitorder="little")
+        row += s.draws
+    return mask_RV, refusals
 
 
 def right_ones(s: Slice, drawn: Iterator[Sampled | Exception]) -> Outcome:
     """What was drawn behind the known tokens and, as long as these were guessed right, behind those
     of the draft. Takes one from `drawn` for each."""
-    found = [next(drawn) for _ in range(len(s.draft) + 1)]
+    found = [next(drawn) for _ in range(s.draws)]
     right: list[Sampled] = []
     for i, sampled in enumerate(found):
         if isinstance(sampled, Exception):
@@ -193,9 +206,8 @@ def wanted_rows(slices: Sequence[Slice], starts_S: I32) -> tuple[I32 | None, I32
     rows: list[int] = []
     draws: list[int] = []
     for s, stop in zip(slices, starts_S[1:].tolist(), strict=True):
-        n_draws = s.sample * (len(s.draft) + 1)
-        n_rows = s.n if observer_of(s) is not None else n_draws  # no drafts where somebody watches
+        n_rows = s.n if observer_of(s) is not None else s.draws  # no drafts where somebody watches
         rows.extend(range(stop - n_rows, stop))
-        draws.extend(range(len(rows) - n_draws, len(rows)))
+        draws.extend(range(len(rows) - s.draws, len(rows)))
     everything = len(rows) == starts_S[-1]
     return None if everything else np.array(rows, np.int32), np.array(draws, np.int32)

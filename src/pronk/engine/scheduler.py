@@ -43,6 +43,11 @@ class Slice:
     def rows(self) -> int:
         return self.n + len(self.draft)
 
+    @property
+    def draws(self) -> int:
+        """Rows behind which a token is drawn."""
+        return len(self.draft) + 1 if self.sample else 0
+
 
 Outcome: TypeAlias = Sequence[Sampled] | Exception
 """What came of a slice: the tokens drawn, all but the last of them guessed in its draft; none where
