@@ -24,10 +24,11 @@ def blocks_for(n_tokens: int) -> int:
     return -(-n_tokens // BLOCK)
 
 
-def extend_keys(keys: list[bytes], ids: "array[int]", n_blocks: int) -> None:
-    """Appends to `keys` until it has those of the first `n_blocks` full blocks of `ids`."""
+def extend_keys(keys: list[bytes], ids: "array[int]", n_blocks: int, salt: bytes = b"") -> None:
+    """Appends to `keys` until it has those of the first `n_blocks` full blocks of `ids`. Texts of
+    another `salt` have other keys."""
     for i in range(len(keys), n_blocks):
-        before = keys[i - 1] if i else b""
+        before = keys[i - 1] if i else salt
         tokens = ids[i * BLOCK : (i + 1) * BLOCK].tobytes()
         keys.append(hashlib.blake2b(before + tokens, digest_size=16).digest())
 
@@ -61,12 +62,14 @@ class BlockPool:
         """Blocks that `take` can hand out."""
         return len(self._free) + len(self._cached)
 
-    def take_prefix(self, keys: list[bytes], ids: "array[int]") -> tuple[list[int], int]:
+    def take_prefix(
+        self, keys: list[bytes], ids: "array[int]", salt: bytes = b""
+    ) -> tuple[list[int], int]:
         """The longest run of stored blocks that `ids` starts with, now referenced, and the tokens
         they hold. Whatever is stored, at least one token of `ids` is left to compute."""
         blocks: list[int] = []
         if self.prefix_cache:
-            extend_keys(keys, ids, len(ids) // BLOCK)
+            extend_keys(keys, ids, len(ids) // BLOCK, salt)
             for key in keys[: (len(ids) - 1) // BLOCK]:
                 block = self._block_of.get(key)
                 if block is None:

@@ -205,14 +205,29 @@ class Request:
         text: AnswerText | None = None,
         observer: Observer | None = None,
         constraint: Constraint | None = None,
+        adapter: str | None = None,
+        salt: bytes = b"",
+        priority: int = 0,
+        owner: str = "",
+        deadline: float | None = None,
     ) -> None:
         """`eos_ids` are the model's end tokens; `text` turns tokens into text and finds stop
         strings, and without it an answer is token ids only; `constraint` says which tokens may
-        come."""
+        come; `adapter` names one of those that the model has loaded.
+
+        Requests of one `salt` and adapter only share what was computed for a prompt. Those of a
+        smaller `priority` go first; among equals `owner`s take turns. `deadline`, on the clock of
+        `time.monotonic`, ends a request that has not ended before."""
         self.id = next(self._numbers)
         self.params = params
         self.observer = observer
         self.constraint = constraint
+        self.adapter = adapter
+        self.salt = salt if adapter is None else salt + b"\0" + adapter.encode()
+        """What the keys of its blocks begin with."""
+        self.priority = priority
+        self.owner = owner
+        self.deadline = deadline
         self.ids = _as_array(prompt)
         """All known tokens: the prompt, then the answer."""
         self.n_prompt = len(self.ids)

@@ -170,7 +170,7 @@ class Scheduler:
         request.computed = done.start + done.n + accepted
         full = request.computed // BLOCK
         if self.pool.prefix_cache and full > request.published:
-            extend_keys(request.keys, request.ids, full)
+            extend_keys(request.keys, request.ids, full, request.salt)
             for i in range(request.published, full):
                 self.pool.publish(request.blocks[i], request.keys[i])
             request.published = full
@@ -248,7 +248,7 @@ class Scheduler:
         blocks: list[int] = []
         n_stored = 0
         if request.observer is None:
-            blocks, n_stored = self.pool.take_prefix(request.keys, request.ids)
+            blocks, n_stored = self.pool.take_prefix(request.keys, request.ids, request.salt)
         wanted = blocks_for(min(request.known + 1, request.limit))
         if wanted - len(blocks) > self.pool.available:
             self.pool.give_back(blocks)
