@@ -80,6 +80,16 @@ class BlockPool:
             self._refs[block] += 1
         return blocks, len(blocks) * BLOCK
 
+    def first_missing(
+        self, keys: list[bytes], ids: "array[int]", salt: bytes = b""
+    ) -> bytes | None:
+        """The key of the first block that `take_prefix` would look for in vain; None: of none."""
+        if not self.prefix_cache:
+            return None
+        extend_keys(keys, ids, len(ids) // BLOCK, salt)
+        wanted = keys[: (len(ids) - 1) // BLOCK]
+        return next((key for key in wanted if key not in self._block_of), None)
+
     def take(self, n: int) -> list[int] | None:
         """`n` blocks to write to, referenced once each; None, and nothing taken, if too few."""
         if n > self.available:
