@@ -196,9 +196,10 @@ class BatchRows:
             batches.c.cached_tokens: batches.c.cached_tokens + used.cached,
             batches.c.output_tokens: batches.c.output_tokens + used.output,
         }
+        added = insert.on_conflict_do_nothing().returning(batch_lines.c.line)
         open_still = sa.and_(batches.c.id == id, self._mine(), batches.c.finalizing_at.is_(None))
         with self._db.write() as connection:
-            if connection.execute(insert.on_conflict_do_nothing()).rowcount == 0:
+            if connection.execute(added).one_or_none() is None:
                 return
             if connection.execute(batches.update().where(open_still).values(more)).rowcount == 0:
                 raise LeaseLost(f"batch {id}: line {line.line} came too late")

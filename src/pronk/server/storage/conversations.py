@@ -114,8 +114,9 @@ def append_items(
     if not _exists(connection, owner, id, lock=True):
         raise not_found("conversation", id)
     ids = [item["id"] for item in items]
-    if odd := next((item for item in ids if not is_id(item)), None):
-        raise UserError(f"items: the id {odd!r:.100} is not 1 to 80 ASCII characters")
+    odd = next((item for item in ids if not is_id(item)), None)
+    if odd is not None:
+        raise UserError(f"items: the id {odd!r:.100} is not 1 to 80 letters, digits or any of _.:-")
     here = (items_table.c.conversation_id == id, items_table.c.id.in_(ids))
     taken = connection.execute(sa.select(items_table.c.id).where(*here)).scalars().first()
     if taken is None and len(set(ids)) < len(ids):

@@ -1,5 +1,6 @@
 """Lists by pages, as OpenAI's API has them: `limit` objects behind (or before) one known by id."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
@@ -10,6 +11,7 @@ from pronk.core.errors import UserError
 
 T = TypeVar("T")
 Order = Literal["asc", "desc"]
+_ID = re.compile(r"[A-Za-z0-9_.:-]{1,80}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ def slice_page(items: Sequence[dict[str, Any]], cursor: Cursor) -> Page[dict[str
 
 def is_id(text: str) -> bool:
     """Whether a text that a client sent could be an id. Databases refuse some texts as such."""
-    return 0 < len(text) <= 80 and text.isascii() and text.isprintable()
+    return _ID.fullmatch(text) is not None
 
 
 def owned(table: sa.Table, owner: str, id: str) -> sa.ColumnElement[bool]:
