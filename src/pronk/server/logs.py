@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
+_ID_HEADERS = ("x-request-id", "request-id")
+"""OpenAI's clients look at the first, Anthropic's at the second."""
 _GONE = 499
 """The status in logs and metrics, nginx's, of a request whose client did not wait for one."""
 _QUIET = frozenset({"/health", "/ready", "/metrics"})
@@ -142,7 +144,8 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            add_header(message, "x-request-id", self._id)
+            for name in _ID_HEADERS:
+                add_header(message, name, self._id)
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.complete = True
