@@ -103,6 +103,8 @@ class ReplyText:
         without any, all that the model writes is text."""
         from pronk.text.parse import ReplyParser
 
+        self.events: list[Event] = []
+        """All that has been read so far. Grows at its end only."""
         self.calls: list[ToolCall] = []
         self._written = TextOut(tokenizer.stream(), stop)
         specials = {id: text for text, id in tokenizer.special_ids.items()}
@@ -112,6 +114,11 @@ class ReplyText:
     @property
     def stopped(self) -> bool:
         return self._written.stopped
+
+    @property
+    def stop_found(self) -> str | None:
+        """The stop string that ended the answer."""
+        return self._written.stop_found
 
     def feed(self, token: int) -> str:
         from pronk.text.events import SpecialToken
@@ -131,6 +138,7 @@ class ReplyText:
     def _take(self, events: "Sequence[Event]") -> str:
         from pronk.text.events import TextDelta, ToolCallEnd
 
+        self.events += events
         self.calls += [event.call for event in events if isinstance(event, ToolCallEnd)]
         return "".join(event.text for event in events if isinstance(event, TextDelta))
 
