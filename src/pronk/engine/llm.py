@@ -80,8 +80,8 @@ class LLM:
     which keeps what has been computed for prompts that begin alike, nor `speculate`, which computes
     several tokens at once where the text repeats what came before. `layout_cache` keeps the packed
     weights on disk, as much again as the model, so that the next start takes a moment (None: if
-    the environment variable PRONK_LAYOUT_CACHE is 1). Raises UserError, and MemoryLimitError before
-    anything is loaded that does not fit.
+    the environment variable PRONK_LAYOUT_CACHE is 1). `keep_free` bytes of memory are left to others.
+    Raises UserError, and MemoryLimitError before anything is loaded that does not fit.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class LLM:
         prefix_cache: bool = True,
         speculate: bool = True,
         layout_cache: bool | None = None,
+        keep_free: int = 0,
         progress: Progress = silent,
     ) -> None:
         _check_whole("max_batch", max_batch, 1, 4096)
@@ -113,7 +114,11 @@ class LLM:
             if ctx is not None:
                 _check_whole("ctx", ctx, 1, self.config.context)
             need = need_of(self._checkpoint, ops, token_budget=token_budget, max_batch=max_batch)
-            self.context, n_blocks = fit(need, ctx, kv_dtype, free_memory())
+            free = free_memory()
+            free = None if free is None else max(0, free - keep_free)
+            self.context, n_blocks = fit(need, ctx, kv_dtype, free)
+            self.kv_dtype = kv_dtype
+            self._block_bytes = need.kv_bytes(1, kv_dtype)
             self.tokenizer: Tokenizer = load_tokenizer(self._checkpoint)
             _check_vocabulary(self._checkpoint, self.tokenizer)
             self.prompter = Prompter(
@@ -164,6 +169,18 @@ class LLM:
     def metadata(self) -> Mapping[str, Any]:
         """What the checkpoint says of itself: a GGUF's keys, config.json or params.json."""
         return self._checkpoint.metadata
+
+    @property
+    def untouched_bytes(self) -> int:
+        """Memory of the KV cache that has not been written to, so that the system counts it as
+        free."""
+        pool = self.engine.scheduler.pool
+        return (pool.n_blocks - pool.n_touched) * self._block_bytes
+
+    @property
+    def identity(self) -> str:
+        """The file or folder that the weights came from, and their size."""
+        return f"{self._checkpoint.path.name} {self._checkpoint.nbytes}"
 
     @property
     def chat_format(self) -> "ChatFormat | None":

@@ -1,7 +1,7 @@
 """What a finished request gives to its caller: completions, chat replies, counts and times."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pronk.engine.request import Request
@@ -132,8 +132,14 @@ class ReplyText:
         return self._take(events)
 
     def finish(self) -> str:
+        from pronk.text.events import ToolCallAbort
+
         events = self._parser.push(self._written.finish())
-        return self._take(events + self._parser.finish())
+        for event in self._parser.finish():
+            if isinstance(event, ToolCallAbort):
+                event = replace(event, at_end=True)
+            events.append(event)
+        return self._take(events)
 
     def _take(self, events: "Sequence[Event]") -> str:
         from pronk.text.events import TextDelta, ToolCallEnd

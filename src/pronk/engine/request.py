@@ -256,6 +256,8 @@ class Request:
         self.logprobs: list[TokenLogprob] = []
         self.seed = fresh_seed() if params is None or params.seed is None else params.seed
         self.added_at = time.perf_counter()
+        self.started_at: float | None = None
+        """When it first ran."""
         self.first_token_at = self.last_token_at = self.added_at
         self.answer_text = text
         self._prompt = self.ids[:]
