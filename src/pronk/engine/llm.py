@@ -74,7 +74,8 @@ class LLM:
     """A model in memory.
 
     `model` is a catalog name, a Hugging Face id or a path. `ctx` is the most tokens of a prompt and
-    its answer together; without it the model's own, at most 8192, or what there is memory for.
+    its answer together; without it the model's own, at most 8192 (if `roomy`, more where there is
+    much memory), or what there is memory for.
     `threads` None: all that this process may use. `max_batch` requests at most share a step, which
     computes at most `token_budget` tokens; neither changes an answer, nor does `prefix_cache`,
     which keeps what has been computed for prompts that begin alike, nor `speculate`, which computes
@@ -98,6 +99,7 @@ class LLM:
         speculate: bool = True,
         layout_cache: bool | None = None,
         keep_free: int = 0,
+        roomy: bool = False,
         progress: Progress = silent,
     ) -> None:
         _check_whole("max_batch", max_batch, 1, 4096)
@@ -116,7 +118,7 @@ class LLM:
             need = need_of(self._checkpoint, ops, token_budget=token_budget, max_batch=max_batch)
             free = free_memory()
             free = None if free is None else max(0, free - keep_free)
-            self.context, n_blocks = fit(need, ctx, kv_dtype, free)
+            self.context, n_blocks = fit(need, ctx, kv_dtype, free, roomy=roomy)
             self.kv_dtype = kv_dtype
             self._block_bytes = need.kv_bytes(1, kv_dtype)
             self.tokenizer: Tokenizer = load_tokenizer(self._checkpoint)

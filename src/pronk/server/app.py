@@ -49,18 +49,32 @@ def create_app(
     *,
     options: Mapping[str, Any] | None = None,
     adapters: Mapping[str, Path] | None = None,
+    draft: str | None = None,
     on_ready: Callable[[Service], None] | None = None,
+    on_failure: Callable[[Exception], None] | None = None,
 ) -> FastAPI:
     """`sources`: the models, the first of which is loaded at the start; `options`: arguments of
-    `LLM`; `adapters`: PEFT folders for the first model, by name. Raises UserError for what cannot
-    be served; nothing is loaded before the application starts."""
+    `LLM`; `adapters` (PEFT folders by name) and `draft` (a model that guesses) belong to the first
+    model. Raises UserError for what cannot be served; nothing is loaded before the application
+    starts. `on_failure` hears why it could not."""
     counts = metrics.Metrics()
-    models = Models(sources, options or {}, counts, aliases=settings.aliases, adapters=adapters)
+    models = Models(
+        sources, options or {}, counts, aliases=settings.aliases, adapters=adapters, draft=draft
+    )
     keys = None if settings.api_key_file is None else Keys(settings.api_key_file)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with _running(app, settings, models, counts, keys, on_ready):
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                running = _running(app, settings, models, counts, keys)
+                service = await stack.enter_async_context(running)
+            except Exception as error:
+                if on_failure:
+                    on_failure(error)
+                raise
+            if on_ready:
+                on_ready(service)
             yield
 
     app = FastAPI(
@@ -98,8 +112,7 @@ async def _running(
     models: Models,
     counts: metrics.Metrics,
     keys: Keys | None,
-    on_ready: Callable[[Service], None] | None,
-) -> AsyncIterator[None]:
+) -> AsyncIterator[Service]:
     """Everything that works in the background, from the start to the end of the application."""
     store = await asyncio.to_thread(Store, settings.data_dir, settings.database)
     spent = usage.Usage(store)
@@ -121,10 +134,8 @@ async def _running(
     if settings.idle_unload is not None:
         tasks.append(asyncio.create_task(_unload_idle(models, settings.idle_unload)))
     service.ready = True
-    if on_ready:
-        on_ready(service)
     try:
-        yield
+        yield service
     finally:
         service.ready = False
         for task in tasks:

@@ -84,7 +84,7 @@ class Lease:
 
 class Models:
     """`sources`: what `LLM` takes, the first of which is the default; `options`: arguments of `LLM`
-    for all of them; `aliases`: further names."""
+    for all of them; `aliases`: further names; `adapters` and `draft`: of the first model."""
 
     def __init__(
         self,
@@ -94,6 +94,7 @@ class Models:
         *,
         aliases: Mapping[str, str] | None = None,
         adapters: Mapping[str, Path] | None = None,
+        draft: str | None = None,
     ) -> None:
         self._metrics = metrics
         self._entries: dict[str, Entry] = {}
@@ -102,6 +103,8 @@ class Models:
             if entry.name in self._entries:
                 raise UserError(f"MODEL: {entry.name!r} is given twice")
             self._entries[entry.name] = entry
+        if draft is not None:
+            self.default.options = {**options, "draft": draft}
         self._names = self._all_names()
         for alias, name in (aliases or {}).items():
             self._names[alias.casefold()] = self.find(name)[0].name
