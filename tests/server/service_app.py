@@ -15,13 +15,14 @@ from pronk.server.auth import Caller, caller
 from pronk.server.bodies import BodyLimitLayer
 from pronk.server.errors import ApiError, error_body
 from pronk.server.keys import Keys, change_keys, new_key
-from pronk.server.limits import Limits, LimitsLayer, ticket_of
+from pronk.server.limits import Limits, LimitsLayer
 from pronk.server.logs import RequestLayer, request_id
 from pronk.server.metrics import Metrics
+from pronk.server.service import Call
 from pronk.server.settings import ServerSettings
 from pronk.server.store import Store
 from pronk.server.tracing import TracingLayer
-from pronk.server.usage import Usage, book
+from pronk.server.usage import Usage
 
 router = APIRouter()
 
@@ -33,10 +34,10 @@ async def chat(
     reserve: int = 0,
     used: int = 0,
 ) -> dict[str, str]:
-    ticket = ticket_of(request)
-    if reserve and ticket:
-        ticket.reserve(reserve)
-    book(request, who, "tiny", prompt_tokens=used, completion_tokens=0, finish_reason="stop")
+    call = Call.of(request, who)
+    if reserve:
+        call.reserve(reserve)
+    call.book("tiny", prompt_tokens=used, completion_tokens=0, reason="stop")
     return {"name": who.name, "id": who.id}
 
 
