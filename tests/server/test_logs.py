@@ -206,14 +206,14 @@ def test_machines_that_ask_all_day_are_quiet(
 
 def test_uvicorns_lines_come_the_same_way(configured: Callable[..., Lines]) -> None:
     lines = configured("json")
-    logging.getLogger("uvicorn.error").info("Started server process [%d]", 5)
+    logging.getLogger("uvicorn.error").warning("Invalid HTTP request %d", 5)
     logging.getLogger("uvicorn.access").info("127.0.0.1 - GET /?key=secret")
     try:
         raise OSError(28, "No space left on device")
     except OSError:
         logging.getLogger("uvicorn.error").exception("Exception in ASGI application")
-    started, failed = lines.objects()
-    assert (started["event"], started["logger"]) == ("Started server process [5]", "uvicorn.error")
+    warned, failed = lines.objects()
+    assert (warned["event"], warned["logger"]) == ("Invalid HTTP request 5", "uvicorn.error")
     assert (failed["error"], failed["reason"]) == ("OSError", "No space left on device")
 
 
