@@ -77,14 +77,15 @@ def postgres_server() -> Iterator[str]:
 
 
 @pytest.fixture
-def postgres(postgres_server: str, request: pytest.FixtureRequest) -> str:
+def postgres(postgres_server: str, request: pytest.FixtureRequest) -> Iterator[str]:
     """The URL of an empty PostgreSQL database."""
     import psycopg
 
     name = "t_" + re.sub(r"\W", "", request.node.name.lower())[:30] + secrets.token_hex(4)
     with psycopg.connect(f"{postgres_server}/postgres", autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")  # type: ignore[arg-type]
-    return f"{postgres_server}/{name}"
+        yield f"{postgres_server}/{name}"
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")  # type: ignore[arg-type]
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
