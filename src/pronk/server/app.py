@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from pronk import __version__
 from pronk.core.errors import PronkError
 from pronk.server import (
+    anthropic,
     auth,
     chat,
     completions,
@@ -39,7 +40,9 @@ from pronk.server.tracing import start_tracing
 
 log = logging.getLogger(__name__)
 
-_ROUTERS = (chat, completions, tokenize, model_routes, files, usage, metrics, page)
+_ROUTERS = (
+    chat, completions, tokenize, anthropic, model_routes, files, usage, metrics, page,
+)  # fmt: skip
 _IDLE_CHECK_SECONDS = 5.0
 
 
