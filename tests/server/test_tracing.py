@@ -117,6 +117,20 @@ def test_a_client_that_goes_away_leaves_a_span(traced: Callable[..., Traced]) ->
     assert span.attributes["http.route"] == "/v1/echo"
 
 
+def test_the_last_spans_are_sent_when_the_application_ends(tmp_path: Path) -> None:
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    exporter = sdk.InMemorySpanExporter()
+    provider = tracing.provider_for(sdk.InMemorySpanExporter())
+    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=3_600_000))
+    app = make_app(tmp_path, tracing=provider)
+    with TestClient(app) as client:
+        client.post(CHAT)
+        assert exporter.get_finished_spans() == ()
+    assert [span.name for span in exporter.get_finished_spans()] == ["chat tiny"]
+    app.state.service.store.close()
+
+
 def test_spans_arrive_at_a_collector() -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="no OTLP exporter")
     arrived: list[tuple[str, bytes]] = []

@@ -186,7 +186,7 @@ class Models:
             loaded = Loaded(llm, Worker(llm.engine, entry.name), _fingerprint(entry, llm))
             for name, path in entry.adapters.items():
                 await asyncio.to_thread(llm.load_adapter, name, path)
-            self._metrics.watch(entry.name, llm.engine.stats)
+            self._metrics.watch(entry.name, llm.engine.stats, adapters=lambda: len(entry.adapters))
             seconds = round(time.monotonic() - started, 2)
             fields = {"model": entry.name, "seconds": seconds, "context": llm.context}
             log.info("loaded", extra={"fields": fields})
