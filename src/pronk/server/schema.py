@@ -9,6 +9,7 @@ import time
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 
 class Body(BaseModel):
@@ -25,7 +26,7 @@ class Answer(BaseModel):
 
 def _nothing(value: Any) -> None:
     if value not in (None, [], {}, False):
-        raise ValueError("is not supported by this server")
+        raise PydanticCustomError("unsupported_parameter", "is not supported by this server")
 
 
 Unsupported = Annotated[None, BeforeValidator(_nothing), Field(description="Not supported.")]
