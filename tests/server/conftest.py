@@ -1,4 +1,5 @@
-"""Fixtures of the server's tests: a PostgreSQL of their own, on loopback, and stores."""
+"""Fixtures of the server's tests: a PostgreSQL of their own, on loopback, stores, and whole servers
+with a model."""
 
 import os
 import re
@@ -11,8 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from live import Live, live_server
 from store_samples import Clock
 
+from engine.tiny_models import write_gguf
 from pronk.server.store import Store
 
 SYSTEM_USER = "postgres"  # made by Debian's package; the server refuses to run as root
@@ -122,3 +125,28 @@ def open_store(
 @pytest.fixture
 def store(open_store: Callable[[], Store]) -> Store:
     return open_store()
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A server with a model of random weights, "tiny", that has Llama 3's chat format and a context
+    of 512 tokens, most of them single bytes."""
+    folder = tmp_path_factory.mktemp("tiny-server")
+    model = write_gguf(folder / "tiny.gguf")
+    with live_server([model], folder / "data") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def server_url(tiny_server: Live) -> str:
+    return tiny_server.url
+
+
+@pytest.fixture(scope="session")
+def smollm2_server(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A server with SmolLM2-135M-Instruct, "smollm2"."""
+    data = tmp_path_factory.mktemp("smollm2-server")
+    with live_server(
+        [smollm2_path], data, options={"ctx": 2048}, aliases={"smollm2": smollm2_path.stem}
+    ) as server:
+        yield server
