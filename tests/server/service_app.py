@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Scope
 
 from pronk.server import metrics as metrics_module
 from pronk.server import usage as usage_module
-from pronk.server.auth import Caller, caller
+from pronk.server.auth import AuthLayer, Caller, caller
 from pronk.server.bodies import BodyLimitLayer
 from pronk.server.errors import ApiError, error_body
 from pronk.server.keys import Keys, change_keys, new_key
@@ -152,6 +152,7 @@ def make_app(
         metrics=metrics,
     )  # fmt: skip
     app.add_middleware(LimitsLayer, limits=service.limits)
+    app.add_middleware(AuthLayer)
     if tracing is not None:
         app.add_middleware(TracingLayer, provider=tracing)
     app.add_middleware(RequestLayer, metrics=metrics)

@@ -1,5 +1,6 @@
 """Who is let in where; and that no route is open by accident."""
 
+import asyncio
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Annotated, Any
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.testclient import TestClient
-from service_app import add_key, bearer, make_app
+from service_app import add_key, bearer, make_app, scope_of
 from starlette.routing import Mount, Route
+from starlette.types import Message
 
 from pronk.core.errors import PronkError
 from pronk.server.auth import Caller, caller, check_routes, undeclared_routes
@@ -169,6 +171,29 @@ def test_errors_have_the_shape_of_their_api(open_app: Open, file: Path) -> None:
     assert refused.json()["type"] == "error"
     assert refused.json()["error"]["type"] == "authentication_error"
     assert refused.json()["request_id"] == refused.headers["request-id"]
+
+
+def test_without_a_key_nothing_is_read_and_no_route_answers(open_app: Open, file: Path) -> None:
+    secret = add_key(file, "alice")
+    client = open_app(keys=file)
+    app: Any = client.app
+
+    async def receive() -> Message:
+        raise AssertionError("the body was read")
+
+    for path in ("/v1/echo", "/v1/files", "/v1/nowhere", "/openapi.json", "/health/x"):
+        sent: list[Message] = []
+
+        async def send(message: Message, sent: list[Message] = sent) -> None:
+            sent.append(message)
+
+        asyncio.run(app(scope_of(path, {"content-length": "5"}), receive, send))
+        assert sent[0]["status"] == 401
+        assert client.post(path, content=b"{").status_code == 401
+        assert client.put(path).status_code == 401
+    assert client.post("/v1/nowhere", headers=bearer(secret)).status_code == 404
+    assert client.get("/health").json() == "ok"
+    assert failures(client) == {"missing_api_key": 15}
 
 
 def test_a_caller_cannot_be_changed() -> None:
