@@ -235,6 +235,8 @@ def test_owners_see_their_own_batches_only(client: TestClient) -> None:
         ({"input_file_id": "file-x\0"}, "input_file_id"),
         ({"metadata": {"a": 1}}, "metadata.a"),
         ({"metadata": {"a": "x" * 513}}, "metadata.a"),
+        ({"metadata": {"a": "\ud800"}}, "metadata.a"),
+        ({"metadata": {"\ud800": "a"}}, "metadata"),
         ({"metadata": {f"{n}": "" for n in range(17)}}, "metadata"),
         ({"output_expires_after": {"anchor": "created_at", "seconds": 3599}},
          "output_expires_after.seconds"),
@@ -245,7 +247,11 @@ def test_owners_see_their_own_batches_only(client: TestClient) -> None:
 )  # fmt: skip
 def test_bad_requests(client: TestClient, change: Json, param: str) -> None:
     body = {"input_file_id": "file-1", "endpoint": CHAT, "completion_window": "24h"}
-    answer = client.post("/v1/batches", json=body | change)
+    answer = client.post(  # httpx itself would not send half of a surrogate pair
+        "/v1/batches",
+        content=json.dumps(body | change),
+        headers={"Content-Type": "application/json"},
+    )
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param
 
@@ -337,7 +343,7 @@ def test_texts_that_databases_refuse(store: Store, files: Files) -> None:
     batch = run_to_end(store, files, echo, id)
     (got,) = read(files, batch.output_file_id)
     assert (got["custom_id"], got["response"]["body"]["echo"]["x"]) == (f"c{nasty}", nasty)
-    assert batch.model == nasty
+    assert batch.model is None  # it could not be told
 
 
 def test_lines_run_side_by_side_up_to_the_limit(store: Store, files: Files) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pronk.core.files import is_unicode
+
 MOST_LINES = 50_000
 MOST_ERRORS = 100
 """Further ones are not looked for."""
@@ -68,7 +70,7 @@ def check_input(path: Path, endpoint: str, max_line_bytes: int) -> Checked:
                 break
         else:
             model = item.body.get("model")
-            models.add(model if isinstance(model, str) else None)
+            models.add(model if isinstance(model, str) and is_unicode(model) else None)
     if not lines and not errors:
         message = "The input file is empty."
         errors.append({"code": "empty_file", "message": message, "param": None, "line": None})

@@ -8,8 +8,10 @@ import secrets
 import time
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
+
+from pronk.core.files import is_unicode
 
 
 class Body(BaseModel):
@@ -39,8 +41,19 @@ def Accepted(description: str) -> Any:
     return Field(default=None, description=description)
 
 
+def _whole(text: str) -> str:
+    if not is_unicode(text):
+        raise ValueError("has half of a surrogate pair, which no answer could hold")
+    return text
+
+
+_Whole = AfterValidator(_whole)
+
 Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    dict[
+        Annotated[str, Field(max_length=64), _Whole],
+        Annotated[str, Field(max_length=512), _Whole],
+    ],
     Field(max_length=16, description="At most 16 texts by name."),
 ]
 
