@@ -1,6 +1,7 @@
 """Fixtures of the server's tests: a PostgreSQL of their own, on loopback, stores, and whole servers
 with a model."""
 
+import importlib.util
 import os
 import re
 import secrets
@@ -54,8 +55,9 @@ def postgres_server() -> Iterator[str]:
     if programs is None:
         _missing("no PostgreSQL: `apt-get install postgresql` gives one")
     assert programs is not None
-    pytest.importorskip("psycopg", reason="no psycopg: `pip install 'psycopg[binary]'`")
-    folder = Path(tempfile.mkdtemp(prefix="pronk-pg-", dir="/tmp"))
+    if importlib.util.find_spec("psycopg") is None:
+        _missing("no psycopg: `pip install 'psycopg[binary]'`")
+    folder = Path(tempfile.mkdtemp(prefix="pronk-pg-", dir="/tmp"))  # its user must get there
     if os.geteuid() == 0:
         shutil.chown(folder, SYSTEM_USER, SYSTEM_USER)
     data, log, password = folder / "data", folder / "log", folder / "password"
