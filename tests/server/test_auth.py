@@ -2,20 +2,28 @@
 
 import asyncio
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.routing import iter_route_contexts
 from fastapi.testclient import TestClient
-from service_app import add_key, bearer, make_app, scope_of
+from service_app import Service, add_key, bearer, make_app, scope_of
 from starlette.routing import Mount, Route
 from starlette.types import Message
 
+from engine.tiny_models import write_gguf
 from pronk.core.errors import PronkError
+from pronk.server.app import create_app
 from pronk.server.auth import Caller, caller, check_routes, undeclared_routes
 from pronk.server.errors import ApiError
+from pronk.server.keys import Keys
+from pronk.server.metrics import Metrics
+from pronk.server.settings import ServerSettings
+from pronk.server.store import Store
 
 Open = Callable[..., TestClient]
 
@@ -244,3 +252,67 @@ def test_a_route_without_a_caller_is_found_wherever_it_is() -> None:
 def test_documents_are_open_only_as_declared_routes() -> None:
     app = FastAPI()
     assert undeclared_routes(app) == ["/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"]
+
+
+# The real application.
+
+
+def calls_of(app: FastAPI) -> Iterator[tuple[str, str]]:
+    """Each method and path that the application answers, parameters filled in with `x`."""
+    for route in iter_route_contexts(app.routes):
+        for method in sorted(route.methods or ()):
+            yield method, re.sub(r"{[^}]*}", "x", route.path or "")
+
+
+@pytest.fixture
+def real_app(tmp_path: Path, file: Path) -> Iterator[FastAPI]:
+    """The server's application, not started: its doors are shut before anything is needed."""
+    model = write_gguf(tmp_path / "tiny.gguf")
+    app = create_app(ServerSettings(data_dir=tmp_path / "data"), [str(model)])
+    keys = None if not file.exists() else Keys(file)
+    app.state.service = Service(
+        ServerSettings(data_dir=tmp_path, control_token="the-token"), Metrics(),
+        Store(tmp_path / "store", None), usage=None, keys=keys,  # type: ignore[arg-type]
+    )  # fmt: skip
+    yield app
+    app.state.service.store.close()
+
+
+OPEN = {"/", "/static/x", "/health", "/ready"}
+
+
+def test_no_route_answers_without_a_key(real_app: FastAPI, file: Path) -> None:
+    add_key(file, "alice")
+    real_app.state.service.keys = Keys(file)
+    client = TestClient(real_app)
+    calls = [(method, path) for method, path in calls_of(real_app) if path not in OPEN]
+    assert len(calls) > 15
+    for method, path in calls:
+        for headers in ({}, bearer("pk-wrong"), {"x-api-key": "the-token-x"}):
+            answer = client.request(method, path, headers=headers)
+            assert answer.status_code == 401, (method, path)
+            assert answer.headers["www-authenticate"]
+            assert "the-token" not in answer.text
+
+
+def test_control_routes_are_never_open(real_app: FastAPI, file: Path) -> None:
+    """Neither without keys nor to a key that may do all else."""
+    client = TestClient(real_app)
+    control = [
+        (method, path)
+        for method, path in calls_of(real_app)
+        if re.search("load|adapter|admin|shutdown", path)
+    ]
+    assert len(control) >= 4
+    body = {"model": "tiny", "lora_name": "x", "lora_path": "x"}
+    for method, path in control:
+        refused = client.request(method, path, json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (
+            401, "control_token_required",
+        ), path  # fmt: skip
+    everything_else = frozenset({"inference", "files", "metrics"})
+    secret = add_key(file, "alice", scopes=everything_else)
+    real_app.state.service.keys = Keys(file)
+    for method, path in control:
+        refused = client.request(method, path, json=body, headers=bearer(secret))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "missing_scope")
