@@ -155,7 +155,7 @@ def pair(value: str) -> tuple[str, str]:
 )
 @click.option("--otlp-endpoint", type=text, metavar="URL", help="Send OpenTelemetry traces there.")
 @load_options
-def serve(  # noqa: PLR0913
+def serve(
     models: tuple[str, ...],
     load: LoadOptions,
     ctx: int | None,
@@ -188,7 +188,6 @@ def serve(  # noqa: PLR0913
         "backend": load.backend,
         "kv_dtype": load.kv_dtype,
         "layout_cache": load.layout_cache,
-        "kv_disk_bytes": int(kv_disk * 1e9),
     }
     sources = list(models) or _all_models()
     for source in models:

@@ -81,8 +81,8 @@ class LLM:
     which keeps what has been computed for prompts that begin alike, nor `speculate`, which computes
     several tokens at once where the text repeats what came before. `layout_cache` keeps the packed
     weights on disk, as much again as the model, so that the next start takes a moment (None: if
-    the environment variable PRONK_LAYOUT_CACHE is 1). `keep_free` bytes of memory are left to others.
-    Raises UserError, and MemoryLimitError before anything is loaded that does not fit.
+    the environment variable PRONK_LAYOUT_CACHE is 1). `keep_free` bytes of memory are left to
+    others. Raises UserError, and MemoryLimitError before anything is loaded that does not fit.
     """
 
     def __init__(

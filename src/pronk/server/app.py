@@ -59,7 +59,7 @@ def create_app(
     """`sources`: the models, the first of which is loaded at the start; `options`: arguments of
     `LLM`; `adapters` (PEFT folders by name) and `draft` (a model that guesses) belong to the first
     model. Raises UserError for what cannot be served; nothing is loaded before the application
-    starts. `on_failure` hears why it could not."""
+    starts. `on_failure` hears why it could not, and is to stop the server."""
     counts = metrics.Metrics()
     models = Models(
         sources, options or {}, counts, aliases=settings.aliases, adapters=adapters, draft=draft
@@ -73,11 +73,12 @@ def create_app(
                 running = _running(app, settings, models, counts, keys)
                 service = await stack.enter_async_context(running)
             except Exception as error:
-                if on_failure:
-                    on_failure(error)
-                raise
-            if on_ready:
-                on_ready(service)
+                if on_failure is None:
+                    raise
+                on_failure(error)
+            else:
+                if on_ready:
+                    on_ready(service)
             yield
 
     app = FastAPI(

@@ -36,9 +36,14 @@ def run(
     shown = f"[{host}]" if ":" in host else host
     address = f"{scheme}://{shown}:{port}"
     failed: list[Exception] = []
+
+    def fail(error: Exception) -> None:
+        failed.append(error)
+        server.should_exit = True
+
     app = create_app(
         settings, list(sources), options=options, adapters=adapters, draft=draft,
-        on_ready=lambda service: greet(service, address), on_failure=failed.append,
+        on_ready=lambda service: greet(service, address), on_failure=fail,
     )  # fmt: skip
     config = uvicorn.Config(
         app,
