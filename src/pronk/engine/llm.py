@@ -4,6 +4,7 @@ Several threads may use one `LLM`; their requests run together in batches.
 """
 
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from datetime import date as Date
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ from pronk.checkpoints.pull import locate
 from pronk.core.config import ModelConfig
 from pronk.core.errors import UserError
 from pronk.core.progress import Progress, silent
+from pronk.engine.adapters import adapters_bytes
 from pronk.engine.draft import Speculator
 from pronk.engine.engine import Engine, pending
 from pronk.engine.load import (
@@ -80,8 +82,9 @@ class LLM:
     which keeps what has been computed for prompts that begin alike, nor `speculate`, which computes
     several tokens at once where the text repeats what came before. `layout_cache` keeps the packed
     weights on disk, as much again as the model, so that the next start takes a moment (None: if
-    the environment variable PRONK_LAYOUT_CACHE is 1). Raises UserError, and MemoryLimitError before
-    anything is loaded that does not fit.
+    the environment variable PRONK_LAYOUT_CACHE is 1). `adapters` are LoRA adapters, PEFT folders by
+    name: what is asked with `adapter=NAME` is computed with that one. Raises UserError, and
+    MemoryLimitError before anything is loaded that does not fit.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class LLM:
         prefix_cache: bool = True,
         speculate: bool = True,
         layout_cache: bool | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
         progress: Progress = silent,
     ) -> None:
         _check_whole("max_batch", max_batch, 1, 4096)
@@ -114,13 +118,18 @@ class LLM:
             if ctx is not None:
                 _check_whole("ctx", ctx, 1, self.config.context)
             need = need_of(self._checkpoint, ops, token_budget=token_budget, max_batch=max_batch)
+            extra = adapters_bytes(adapters or {}, self.config, ops)
+            need = replace(need, weights=need.weights + extra)
             self.context, n_blocks = fit(need, ctx, kv_dtype, free_memory())
             self.tokenizer: Tokenizer = load_tokenizer(self._checkpoint)
             _check_vocabulary(self._checkpoint, self.tokenizer)
             self._recommended = recommended_sampling(self._checkpoint)
             self.threads = use_threads(ops, threads)
+            runner = self._runner(ops, n_blocks, kv_dtype, layout_cache, progress)
+            for name, folder in (adapters or {}).items():
+                runner.adapters.load(name, folder)
             self._engine: Engine | None = Engine(
-                self._runner(ops, n_blocks, kv_dtype, layout_cache, progress),
+                runner,
                 vocab_size=self.tokenizer.vocab_size,
                 context=self.context,
                 n_blocks=n_blocks,
@@ -128,6 +137,7 @@ class LLM:
                 token_budget=token_budget,
                 prefix_cache=prefix_cache,
                 speculator=Speculator() if speculate else None,
+                adapters=runner.adapters,
             )
         except BaseException:
             self._checkpoint.close()
@@ -173,6 +183,20 @@ class LLM:
             self._chat_format.append(chat_format_for(self.tokenizer))
         return self._chat_format[0]
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return self._open_engine().adapters
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Loads a LoRA adapter, a PEFT folder; answers go on meanwhile. UserError for a name that
+        is taken, and for a folder that is damaged, unsupported, of another model or too large."""
+        self._open_engine().load_adapter(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """UserError for an adapter that is not loaded, or that an unfinished answer uses."""
+        self._open_engine().unload_adapter(name)
+
     def chat(
         self,
         messages: "Sequence[Mapping[str, Any] | Message]",
@@ -181,6 +205,7 @@ class LLM:
         builtin_tools: Sequence[str] = (),
         tool_choice: str = "auto",
         date: Date | str | None = None,
+        adapter: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Reply:
         """The assistant's answer to a chat.
@@ -192,7 +217,7 @@ class LLM:
         """
         pieces = self.stream(
             messages, tools=tools, builtin_tools=builtin_tools, tool_choice=tool_choice, date=date,
-            **options,
+            adapter=adapter, **options,
         )  # fmt: skip
         *_, last = pieces
         assert last.reply is not None
@@ -206,6 +231,7 @@ class LLM:
         builtin_tools: Sequence[str] = (),
         tool_choice: str = "auto",
         date: Date | str | None = None,
+        adapter: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generator[Piece, None, None]:
         """As `chat`, in pieces: their texts joined are the reply's text, and the last one carries
@@ -224,7 +250,7 @@ class LLM:
         own = [tool.name for tool in offered] if tool_choice != "none" else []
         known = builtin_tools if tool_choice != "none" else []
         text = ReplyText(self.tokenizer, params.stop, own, known)
-        request = self._request(rendered.ids, params, text)
+        request = self._request(rendered.ids, params, text, adapter)
         self._open_engine().check(request)
         return self._pieces(request, text)
 
@@ -244,13 +270,21 @@ class LLM:
             engine.abort(request)
 
     @overload
-    def generate(self, prompt: Prompt, **options: Unpack[SamplingOptions]) -> Completion: ...
+    def generate(
+        self, prompt: Prompt, *, adapter: str | None = None, **options: Unpack[SamplingOptions]
+    ) -> Completion: ...
 
     @overload
-    def generate(self, prompt: Prompts, **options: Unpack[SamplingOptions]) -> list[Completion]: ...
+    def generate(
+        self, prompt: Prompts, *, adapter: str | None = None, **options: Unpack[SamplingOptions]
+    ) -> list[Completion]: ...
 
     def generate(
-        self, prompt: Prompt | Prompts, **options: Unpack[SamplingOptions]
+        self,
+        prompt: Prompt | Prompts,
+        *,
+        adapter: str | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Completion | list[Completion]:
         """Continues a text, a list of token ids, or several of either, which run together.
 
@@ -260,18 +294,22 @@ class LLM:
         """
         params = SamplingParams.of(options, GENERATE_DEFAULTS)
         if _is_one(prompt):
-            return self._generate([cast(Prompt, prompt)], params)[0]
-        return self._generate(cast(Prompts, prompt), params)
+            return self._generate([cast(Prompt, prompt)], params, adapter)[0]
+        return self._generate(cast(Prompts, prompt), params, adapter)
 
-    def _generate(self, prompts: Prompts, params: SamplingParams) -> list[Completion]:
-        requests = [self._request(self._ids(p), params, self._text_out(params)) for p in prompts]
+    def _generate(
+        self, prompts: Prompts, params: SamplingParams, adapter: str | None
+    ) -> list[Completion]:
+        requests = [
+            self._request(self._ids(p), params, self._text_out(params), adapter) for p in prompts
+        ]
         self._open_engine().run(requests)
         return [completion_of(request) for request in requests]
 
-    def score(self, ids: Sequence[int]) -> F32:
+    def score(self, ids: Sequence[int], *, adapter: str | None = None) -> F32:
         """Log probability of each token given those before it, float32 `[T-1]`; as in `generate`,
         among the tokens that the tokenizer has."""
-        request = Request(ids, None)
+        request = Request(ids, None, adapter=adapter)
         logprobs = np.empty(max(0, request.n_prompt - 1), dtype=np.float32)
 
         def observer(start: int, logits_NV: F32) -> None:
@@ -283,10 +321,10 @@ class LLM:
         self._open_engine().run([request])
         return logprobs
 
-    def logits(self, ids: Sequence[int]) -> F32:
+    def logits(self, ids: Sequence[int], *, adapter: str | None = None) -> F32:
         """Logits at every position, float32 `[T, V]`, V being the model's `config.vocab_size`.
         Raises MemoryLimitError if they do not fit the memory."""
-        engine, request = self._open_engine(), Request(ids, None)
+        engine, request = self._open_engine(), Request(ids, None, adapter=adapter)
         engine.check(request)
         check_logits(request.n_prompt, self.config.vocab_size, free_memory())
         logits_TV = np.empty((request.n_prompt, self.config.vocab_size), dtype=np.float32)
@@ -320,9 +358,13 @@ class LLM:
         return self._engine
 
     def _request(
-        self, ids: Sequence[int], params: SamplingParams, text: TextOut | ReplyText
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        text: TextOut | ReplyText,
+        adapter: str | None = None,
     ) -> Request:
-        return Request(ids, params, eos_ids=self.tokenizer.stop_ids, text=text)
+        return Request(ids, params, eos_ids=self.tokenizer.stop_ids, text=text, adapter=adapter)
 
     def _text_out(self, params: SamplingParams) -> TextOut:
         return TextOut(self.tokenizer.stream(), params.stop)

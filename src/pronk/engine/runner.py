@@ -13,9 +13,11 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pronk.backends.protocol import F32, I32, Batch, KvDtype, Ops, Sampled, SampleParams
+from pronk.backends.protocol import F32, I32, Batch, KvDtype, Sampled, SampleParams
 from pronk.core.config import ModelConfig
+from pronk.engine.adapters import Adapters
 from pronk.engine.blocks import blocks_for
+from pronk.engine.load import LoadOps
 from pronk.engine.request import Observer
 from pronk.engine.scheduler import Outcome, Slice
 from pronk.model.llama import LlamaWeights, forward
@@ -49,7 +51,7 @@ class Runner:
 
     def __init__(
         self,
-        ops: Ops,
+        ops: LoadOps,
         config: ModelConfig,
         weights: LlamaWeights,
         *,
@@ -60,8 +62,12 @@ class Runner:
     ) -> None:
         self.ops = ops
         self.config = config
-        self._weights = weights
+        self.adapters = Adapters(ops, config, weights, claimed=self._untouched_bytes)
         self._kv = ops.make_kv(config, n_blocks, kv_dtype)
+        self._kv_dtype = kv_dtype
+        self._n_blocks = n_blocks
+        self._touched = 0
+        """Blocks, from the first, that have been used: the system gives memory as it is touched."""
         self._n_tokens = n_tokens
         self._threads = threads
 
@@ -71,13 +77,15 @@ class Runner:
         it. Observers are called with the logits of their slices on the host."""
         ids_T, batch = pack(slices)
         rows_R, draws_R = wanted_rows(slices, batch.starts_S)
+        names = [s.request.adapter for s in slices]
+        ops, weights = self.adapters.for_step(names, batch.starts_S, rows_R)
+        self._touched = max(self._touched, int(batch.blocks_SB.max()) + 1)
         masks = begin_masks(slices, self._n_tokens)  # while the model computes
         with _step_lock:
             self.ops.set_threads(self._threads)
             try:
-                logits_RV = forward(
-                    self.ops, self.config, self._weights, ids_T, batch, self._kv, rows_R
-                )
+                with np.errstate(over="ignore", invalid="ignore"):  # sampling tells whose they are
+                    logits_RV = forward(ops, self.config, weights, ids_T, batch, self._kv, rows_R)
             finally:
                 mask_RV, refusals = end_masks(masks)
             errors = self._observe(slices, logits_RV)
@@ -88,6 +96,10 @@ class Runner:
         outcomes = [right_ones(s, drawn) for s in slices]
         errors = [e or refusals.get(i) for i, e in enumerate(errors)]
         return [e if e is not None else o for e, o in zip(errors, outcomes, strict=True)]
+
+    def _untouched_bytes(self) -> int:
+        """What the KV cache will take beyond what it takes now."""
+        return self.ops.kv_bytes(self.config, self._n_blocks - self._touched, self._kv_dtype)
 
     def _observe(self, slices: Sequence[Slice], logits_RV: F32) -> list[Exception | None]:
         """What the observer of each slice raised."""
