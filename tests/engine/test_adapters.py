@@ -402,23 +402,30 @@ def test_a_bad_folder_changes_nothing(
 
 
 def test_an_adapter_must_fit_beside_the_cache(
-    ops: Any, weights: LlamaWeights, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    ops: Any, tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the cache has not touched yet is not free."""
-    engine = make_engine(ops, weights, {}, n_blocks=64)
-    cache = ops.kv_bytes(CONFIG, 64, "f16")
-    monkeypatch.setattr(adapters_module, "free_memory", lambda: cache + 1000)
-    with pytest.raises(MemoryLimitError, match=r"^adapter: 'all' takes .* 0\.00 GB are free; unl"):
-        engine.load_adapter("all", folders["all"])
-    assert engine.adapters == ()
-    prompt = make_prompt(10 * BLOCK)
-    engine.run([Request(prompt, None)])
-    needed = ops.kv_bytes(CONFIG, 54, "f16") + (1 << 20)
-    assert needed < cache + (1 << 20)
-    monkeypatch.setattr(adapters_module, "free_memory", lambda: needed)
-    engine.load_adapter("all", folders["all"])
-    monkeypatch.setattr(adapters_module, "free_memory", lambda: None)
-    engine.load_adapter("some", folders["some"])
+    path = write_gguf(tmp_path / "tiny.gguf")
+    with LLM(path, backend=ops.name, ctx=256) as llm:
+        cache = llm.untouched_bytes
+        assert cache > 0
+        monkeypatch.setattr(adapters_module, "free_memory", lambda: cache + 1000)
+        message = r"^adapter: 'all' takes .* 0\.00 GB are free; unload another one"
+        with pytest.raises(MemoryLimitError, match=message):
+            llm.load_adapter("all", folders["all"])
+        assert llm.adapters == ()
+        free = cache + (1 << 20)
+        monkeypatch.setattr(adapters_module, "free_memory", lambda: free)
+        with pytest.raises(MemoryLimitError):
+            llm.load_adapter("all", folders["all"], keep_free=1 << 20)
+        llm.load_adapter("all", folders["all"])
+        llm.score([1] * 200)
+        touched = cache - llm.untouched_bytes
+        assert touched > 0
+        free -= touched  # the system does not count it as free any more, and nor do we
+        llm.load_adapter("some", folders["some"])
+        monkeypatch.setattr(adapters_module, "free_memory", lambda: None)
+        llm.load_adapter("wide", folders["wide"])
 
 
 def test_threads_load_and_unload_while_others_compute(
@@ -478,6 +485,7 @@ def test_every_way_to_ask(llm: LLM) -> None:
         lambda name: [*llm.stream(HELLO, max_tokens=12, seed=1, adapter=name)][-1].reply.token_ids,
         lambda name: llm.generate(ids, adapter=name, ignore_eos=True).token_ids,
         lambda name: [c.token_ids for c in llm.generate([ids, ids[:9]], adapter=name)],
+        lambda name: "".join(llm.stream_generate(ids, adapter=name, ignore_eos=True)),
         lambda name: llm.score(ids, adapter=name).tolist(),
         lambda name: llm.logits(ids, adapter=name).tolist(),
     ]
@@ -495,7 +503,7 @@ def test_an_adapter_that_goes_before_a_stream_begins(llm: LLM) -> None:
     with pytest.raises(UserError, match="'all' is not loaded; loaded are wide"):
         next(stream)
     assert llm.adapters == ("wide",)
-    assert not llm._open_engine().has_work
+    assert not llm.engine.has_work
 
 
 def test_loading_into_a_model(llm: LLM, folders: dict[str, Path]) -> None:
@@ -543,7 +551,7 @@ def test_adapters_count_when_the_memory_is_planned(
     path = write_gguf(tmp_path / "tiny.gguf")
     seen: list[int] = []
 
-    def fit(need: Any, *_: object) -> None:
+    def fit(need: Any, *_: object, **__: object) -> None:
         seen.append(need.weights)
         raise UserError("planned")
 

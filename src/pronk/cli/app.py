@@ -17,11 +17,13 @@ import click
 from pronk.cli.bench import bench
 from pronk.cli.chat import chat
 from pronk.cli.generate import generate
+from pronk.cli.key import key
 from pronk.cli.list import list_
 from pronk.cli.perplexity import perplexity
 from pronk.cli.printable import one_line
 from pronk.cli.pull import pull
 from pronk.cli.rm import rm
+from pronk.cli.serve import serve
 from pronk.cli.show import show
 from pronk.cli.tokenize import tokenize
 from pronk.core.errors import PronkError
@@ -62,7 +64,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for _verb in (chat, generate, pull, list_, show, rm, tokenize, bench, perplexity):
+for _verb in (chat, generate, pull, list_, show, rm, tokenize, bench, perplexity, key, serve):
     cli.add_command(_verb)
 
 

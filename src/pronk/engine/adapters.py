@@ -6,7 +6,7 @@ whether it may go, is the engine's to know.
 
 import hashlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,19 +46,10 @@ class Adapters:
     """The adapters of one model. Any thread may load and unload them while others compute: a step
     sees the adapters that there were when it began."""
 
-    def __init__(
-        self,
-        ops: LoadOps,
-        config: ModelConfig,
-        weights: LlamaWeights,
-        *,
-        claimed: Callable[[], int],
-    ) -> None:
-        """`claimed`: bytes of memory that are promised to somebody and not taken yet."""
+    def __init__(self, ops: LoadOps, config: ModelConfig, weights: LlamaWeights) -> None:
         self._ops = ops
         self._config = config
         self._weights = weights
-        self._claimed = claimed
         self._reading = threading.Lock()
         self._changing = threading.Lock()
         self._state = _State({}, weights)
@@ -79,9 +70,10 @@ class Adapters:
                 raise not_loaded(name, tuple(state.loaded))
         return state
 
-    def load(self, name: str, path: str | Path) -> None:
+    def load(self, name: str, path: str | Path, *, keep_free: int = 0) -> None:
         """Reads a PEFT folder. UserError for a bad or taken name, CheckpointError for a bad folder,
-        MemoryLimitError where it does not fit; then nothing has changed."""
+        MemoryLimitError where it does not fit beside `keep_free` bytes that are promised to others;
+        then nothing has changed."""
         check_name(name)
         with self._reading:  # one after another, or each would take the other's memory for free
             if name in self._state.loaded:
@@ -89,7 +81,7 @@ class Adapters:
             with AdapterFolder(path, self._config) as folder:
                 free = free_memory()
                 needed = adapter_bytes(folder, self._ops)
-                check_adapter(name, needed, None if free is None else free - self._claimed())
+                check_adapter(name, needed, None if free is None else free - keep_free)
                 loaded = self._read(folder)
             with self._changing:
                 self._replace({**self._state.loaded, name: loaded})

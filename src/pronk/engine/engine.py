@@ -170,6 +170,15 @@ class Engine:
 
         return self._alone(abort)
 
+    def fail_all(self, error: Exception) -> list[Event]:
+        """Ends everything with `error`: for whoever steps, when stepping itself keeps failing."""
+
+        def fail() -> list[Event]:
+            queued = (*self.scheduler.running, *self.scheduler.waiting)
+            return [self._end(request, "error", error) for request in queued]
+
+        return self._alone(fail)
+
     def run(self, requests: Sequence[Request]) -> None:
         """Adds the requests and steps until all of them have ended. If one is refused or fails, or
         the run is interrupted, none of them stays behind."""
@@ -187,12 +196,13 @@ class Engine:
         """Names of the loaded adapters."""
         return () if self._adapters is None else self._adapters.names
 
-    def load_adapter(self, name: str, path: str | Path) -> None:
+    def load_adapter(self, name: str, path: str | Path, *, keep_free: int = 0) -> None:
         """Reads a PEFT folder; steps go on meanwhile. UserError for a bad or taken name, and for a
-        folder that is damaged, unsupported, of another model or too large for the memory."""
+        folder that is damaged, unsupported, of another model or too large for the memory, of which
+        `keep_free` bytes are promised to others."""
         if self._adapters is None:
             raise UserError(f"adapter: {name!r:.60} cannot be loaded: this model takes none")
-        self._adapters.load(name, path)
+        self._adapters.load(name, path, keep_free=keep_free)
 
     def unload_adapter(self, name: str) -> None:
         """UserError for an adapter that is not loaded, or that an unfinished request uses."""

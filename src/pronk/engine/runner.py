@@ -62,12 +62,8 @@ class Runner:
     ) -> None:
         self.ops = ops
         self.config = config
-        self.adapters = Adapters(ops, config, weights, claimed=self._untouched_bytes)
+        self.adapters = Adapters(ops, config, weights)
         self._kv = ops.make_kv(config, n_blocks, kv_dtype)
-        self._kv_dtype = kv_dtype
-        self._n_blocks = n_blocks
-        self._touched = 0
-        """Blocks, from the first, that have been used: the system gives memory as it is touched."""
         self._n_tokens = n_tokens
         self._threads = threads
 
@@ -79,7 +75,6 @@ class Runner:
         rows_R, draws_R = wanted_rows(slices, batch.starts_S)
         names = [s.request.adapter for s in slices]
         ops, weights = self.adapters.for_step(names, batch.starts_S, rows_R)
-        self._touched = max(self._touched, int(batch.blocks_SB.max()) + 1)
         masks = begin_masks(slices, self._n_tokens)  # while the model computes
         with _step_lock:
             self.ops.set_threads(self._threads)
@@ -96,10 +91,6 @@ class Runner:
         outcomes = [right_ones(s, drawn) for s in slices]
         errors = [e or refusals.get(i) for i, e in enumerate(errors)]
         return [e if e is not None else o for e, o in zip(errors, outcomes, strict=True)]
-
-    def _untouched_bytes(self) -> int:
-        """What the KV cache will take beyond what it takes now."""
-        return self.ops.kv_bytes(self.config, self._n_blocks - self._touched, self._kv_dtype)
 
     def _observe(self, slices: Sequence[Slice], logits_RV: F32) -> list[Exception | None]:
         """What the observer of each slice raised."""
