@@ -4,6 +4,7 @@ Several threads may use one `LLM`; their requests run together in batches.
 """
 
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from datetime import date as Date
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ from pronk.checkpoints.pull import locate
 from pronk.core.config import ModelConfig
 from pronk.core.errors import UserError
 from pronk.core.progress import Progress, silent
+from pronk.engine.adapters import adapters_bytes
 from pronk.engine.draft import Speculator
 from pronk.engine.engine import Engine, pending
 from pronk.engine.load import (
@@ -81,8 +83,9 @@ class LLM:
     which keeps what has been computed for prompts that begin alike, nor `speculate`, which computes
     several tokens at once where the text repeats what came before. `layout_cache` keeps the packed
     weights on disk, as much again as the model, so that the next start takes a moment (None: if
-    the environment variable PRONK_LAYOUT_CACHE is 1). `keep_free` bytes of memory are left to
-    others. Raises UserError, and MemoryLimitError before anything is loaded that does not fit.
+    the environment variable PRONK_LAYOUT_CACHE is 1). `adapters` are LoRA adapters, PEFT folders by
+    name: what is asked with `adapter=NAME` is computed with that one. `keep_free` bytes of memory
+    are left to others. Raises UserError, and MemoryLimitError before anything is loaded that does not fit.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class LLM:
         prefix_cache: bool = True,
         speculate: bool = True,
         layout_cache: bool | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
         keep_free: int = 0,
         roomy: bool = False,
         progress: Progress = silent,
@@ -116,6 +120,8 @@ class LLM:
             if ctx is not None:
                 _check_whole("ctx", ctx, 1, self.config.context)
             need = need_of(self._checkpoint, ops, token_budget=token_budget, max_batch=max_batch)
+            extra = adapters_bytes(adapters or {}, self.config, ops)
+            need = replace(need, weights=need.weights + extra)
             free = free_memory()
             free = None if free is None else max(0, free - keep_free)
             self.context, n_blocks = fit(need, ctx, kv_dtype, free, roomy=roomy)
@@ -127,8 +133,9 @@ class LLM:
                 self.tokenizer, self._checkpoint.path.name, recommended_sampling(self._checkpoint)
             )
             self.threads = use_threads(ops, threads)
+            runner = self._runner(ops, n_blocks, kv_dtype, layout_cache, progress)
             self._engine: Engine | None = Engine(
-                self._runner(ops, n_blocks, kv_dtype, layout_cache, progress),
+                runner,
                 vocab_size=self.tokenizer.vocab_size,
                 context=self.context,
                 n_blocks=n_blocks,
@@ -136,7 +143,10 @@ class LLM:
                 token_budget=token_budget,
                 prefix_cache=prefix_cache,
                 speculator=Speculator() if speculate else None,
+                adapters=runner.adapters,
             )
+            for name, folder in (adapters or {}).items():
+                self.load_adapter(name, folder, keep_free=keep_free)
         except BaseException:
             self._checkpoint.close()
             raise
@@ -196,6 +206,22 @@ class LLM:
             raise UserError("LLM: this model has been closed; load it again")
         return self._engine
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return self.engine.adapters
+
+    def load_adapter(self, name: str, path: str | Path, *, keep_free: int = 0) -> None:
+        """Loads a LoRA adapter, a PEFT folder; answers go on meanwhile, and `keep_free` bytes of
+        memory are left to others. UserError for a name that is taken, and for a folder that is
+        damaged, unsupported, of another model or too large."""
+        promised = keep_free + self.untouched_bytes
+        self.engine.load_adapter(name, path, keep_free=promised)
+
+    def unload_adapter(self, name: str) -> None:
+        """UserError for an adapter that is not loaded, or that an unfinished answer uses."""
+        self.engine.unload_adapter(name)
+
     def chat(
         self,
         messages: "Sequence[Mapping[str, Any] | Message]",
@@ -206,6 +232,7 @@ class LLM:
         parallel_tool_calls: bool = True,
         response_format: Mapping[str, Any] | None = None,
         date: Date | str | None = None,
+        adapter: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Reply:
         """The assistant's answer to a chat.
@@ -220,7 +247,7 @@ class LLM:
         pieces = self.stream(
             messages, tools=tools, builtin_tools=builtin_tools, tool_choice=tool_choice,
             parallel_tool_calls=parallel_tool_calls, response_format=response_format, date=date,
-            **options,
+            adapter=adapter, **options,
         )  # fmt: skip
         *_, last = pieces
         assert last.reply is not None
@@ -236,6 +263,7 @@ class LLM:
         parallel_tool_calls: bool = True,
         response_format: Mapping[str, Any] | None = None,
         date: Date | str | None = None,
+        adapter: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generator[Piece, None, None]:
         """As `chat`, in pieces: their texts joined are the reply's text, and the last one carries
@@ -244,7 +272,7 @@ class LLM:
             _checked_messages(messages), _checked_tools(tools), builtin_tools, tool_choice,
             parallel_tool_calls, answer=answer_shape(response_format), date=date,
         )  # fmt: skip
-        request = self.prompter.chat(chat, options)
+        request = self.prompter.chat(chat, options, adapter=adapter)
         self.engine.check(request)
         return self._pieces(request)
 
@@ -264,13 +292,21 @@ class LLM:
             engine.abort(request)
 
     @overload
-    def generate(self, prompt: Prompt, **options: Unpack[SamplingOptions]) -> Completion: ...
+    def generate(
+        self, prompt: Prompt, *, adapter: str | None = None, **options: Unpack[SamplingOptions]
+    ) -> Completion: ...
 
     @overload
-    def generate(self, prompt: Prompts, **options: Unpack[SamplingOptions]) -> list[Completion]: ...
+    def generate(
+        self, prompt: Prompts, *, adapter: str | None = None, **options: Unpack[SamplingOptions]
+    ) -> list[Completion]: ...
 
     def generate(
-        self, prompt: Prompt | Prompts, **options: Unpack[SamplingOptions]
+        self,
+        prompt: Prompt | Prompts,
+        *,
+        adapter: str | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Completion | list[Completion]:
         """Continues a text, a list of token ids, or several of either, which run together.
 
@@ -279,20 +315,22 @@ class LLM:
         end with it.
         """
         if _is_one(prompt):
-            return self._generate([cast(Prompt, prompt)], options)[0]
-        return self._generate(cast(Prompts, prompt), options)
+            return self._generate([cast(Prompt, prompt)], options, adapter)[0]
+        return self._generate(cast(Prompts, prompt), options, adapter)
 
-    def _generate(self, prompts: Prompts, options: Mapping[str, Any]) -> list[Completion]:
-        requests = [self.prompter.completion(prompt, options) for prompt in prompts]
+    def _generate(
+        self, prompts: Prompts, options: Mapping[str, Any], adapter: str | None
+    ) -> list[Completion]:
+        requests = [self.prompter.completion(p, options, adapter=adapter) for p in prompts]
         self.engine.run(requests)
         return [completion_of(request) for request in requests]
 
     def stream_generate(
-        self, prompt: Prompt, **options: Unpack[SamplingOptions]
+        self, prompt: Prompt, *, adapter: str | None = None, **options: Unpack[SamplingOptions]
     ) -> Generator[str, None, Completion]:
         """As `generate` of one prompt, in pieces of text; returns the completion. Bad input is
         refused at the call; closing the iterator ends the generation."""
-        request = self.prompter.completion(prompt, options)
+        request = self.prompter.completion(prompt, options, adapter=adapter)
         self.engine.check(request)
         return self._texts(request)
 
@@ -311,10 +349,10 @@ class LLM:
         finally:
             engine.abort(request)
 
-    def score(self, ids: Sequence[int]) -> F32:
+    def score(self, ids: Sequence[int], *, adapter: str | None = None) -> F32:
         """Log probability of each token given those before it, float32 `[T-1]`; as in `generate`,
         among the tokens that the tokenizer has."""
-        request = Request(ids, None)
+        request = Request(ids, None, adapter=adapter)
         logprobs = np.empty(max(0, request.n_prompt - 1), dtype=np.float32)
 
         def observer(start: int, logits_NV: F32) -> None:
@@ -326,10 +364,10 @@ class LLM:
         self.engine.run([request])
         return logprobs
 
-    def logits(self, ids: Sequence[int]) -> F32:
+    def logits(self, ids: Sequence[int], *, adapter: str | None = None) -> F32:
         """Logits at every position, float32 `[T, V]`, V being the model's `config.vocab_size`.
         Raises MemoryLimitError if they do not fit the memory."""
-        engine, request = self.engine, Request(ids, None)
+        engine, request = self.engine, Request(ids, None, adapter=adapter)
         engine.check(request)
         check_logits(request.n_prompt, self.config.vocab_size, free_memory())
         logits_TV = np.empty((request.n_prompt, self.config.vocab_size), dtype=np.float32)

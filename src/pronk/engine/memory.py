@@ -154,6 +154,15 @@ def check_logits(n_tokens: int, vocab_size: int, free: int | None) -> None:
         )
 
 
+def check_adapter(name: str, needed: int, free: int | None) -> None:
+    """Raises MemoryLimitError where an adapter of so many bytes does not fit."""
+    if free is not None and needed > free:
+        raise MemoryLimitError(
+            f"adapter: {name!r} takes {_gb(needed)}, {_gb(max(0, free))} are free; unload another"
+            " one, or load the model with a smaller context"
+        )
+
+
 def _refusal(need: Need, context: int, kv_dtype: KvDtype, free: int, largest: int) -> str:
     kv = need.kv_bytes(blocks_for(context), kv_dtype)
     total = need.total(context, blocks_for(context), kv_dtype)

@@ -4,6 +4,7 @@ There is no prefill and no decode: `computed` chases `known`, and when it has ca
 token is sampled. Plain Python values only, so that a request may be read from any thread.
 """
 
+import hashlib
 import itertools
 import time
 from array import array
@@ -223,8 +224,9 @@ class Request:
         self.observer = observer
         self.constraint = constraint
         self.adapter = adapter
-        self.salt = salt if adapter is None else salt + b"\0" + adapter.encode()
+        self.salt = salt
         """What the keys of its blocks begin with."""
+        self._own_salt = salt
         self.priority = priority
         self.owner = owner
         self.deadline = deadline
@@ -264,6 +266,11 @@ class Request:
         self._output = array("i")
         self._ends = _end_ids(params, eos_ids)
         self._fixed = {} if params is None else _fixed_sample_params(params, self.seed)
+
+    def keep_apart(self, digest: bytes) -> None:
+        """What it computes is shared with requests of the same `digest` only: that of its adapter's
+        numbers, since another adapter may have the name next."""
+        self.salt = hashlib.blake2b(self._own_salt, key=digest, digest_size=16).digest()
 
     @property
     def known(self) -> int:
