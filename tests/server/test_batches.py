@@ -149,6 +149,16 @@ def wait_for(sdk: openai.OpenAI, id: str) -> Any:
     raise AssertionError(f"after a minute: {batch}")
 
 
+def test_lines_are_counted(store: Store, files: Files) -> None:
+    async def execute(endpoint: str, body: Json, caller: Caller) -> tuple[int, Json]:
+        return (200, {}) if body["n"] % 3 else (400, {"error": {}})
+
+    counted: Counter[str] = Counter()
+    id = submit(files, jsonl([line(n) for n in range(9)]))
+    run_to_end(store, files, execute, id, on_line=lambda status: counted.update([status]))
+    assert counted == {"completed": 6, "failed": 3}
+
+
 def test_official_client(client: TestClient, clock: Clock) -> None:
     sdk = sdk_of(client)
     lines = [line(n, body={"model": "m", "n": n, "bad": n == 2}) for n in range(5)]

@@ -52,6 +52,8 @@ class Tools:
     slots: asyncio.Semaphore
     max_line_bytes: int
     wait: float
+    on_line: Callable[[str], None]
+    """Hears of each line that is done, "completed" or "failed"."""
 
 
 class Run:
@@ -191,8 +193,12 @@ class Run:
         ok = status == 200
         line = Line(item.line, ok, answered(item.custom_id, status, body))
         used = tokens_of(body) if ok else Tokens()
-        write = partial(self._rows.finish_line, self.batch.id, line, used)
-        writing = asyncio.ensure_future(self._insist(write))
+
+        async def write() -> None:
+            await self._insist(partial(self._rows.finish_line, self.batch.id, line, used))
+            self._tools.on_line("completed" if ok else "failed")
+
+        writing = asyncio.ensure_future(write())
         try:
             await asyncio.shield(writing)
         except asyncio.CancelledError:

@@ -6,6 +6,7 @@ nobody runs, see to those that were cancelled or have expired, remove expired fi
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 
 from pronk.server.auth import ANONYMOUS, CONTROL_NAME, Caller
@@ -27,7 +28,8 @@ log = logging.getLogger(__name__)
 
 class Batches:
     """`concurrency`: lines that are in the engine at a time, of all batches together. `keys`: those
-    of the server, None where it needs none. `poll`: seconds between looks at the database."""
+    of the server, None where it needs none. `poll`: seconds between looks at the database.
+    `on_line` hears of each line that is done, "completed" or "failed"."""
 
     def __init__(
         self,
@@ -40,6 +42,7 @@ class Batches:
         max_line_bytes: int = 64 << 20,
         poll: float = 1.0,
         overload_wait: float = 0.5,
+        on_line: Callable[[str], None] = lambda status: None,
     ) -> None:
         self.store = store
         self._files = files
@@ -51,6 +54,7 @@ class Batches:
             slots=asyncio.Semaphore(concurrency),
             max_line_bytes=max_line_bytes,
             wait=overload_wait,
+            on_line=on_line,
         )
         self._runs: dict[str, tuple[Run, asyncio.Task[None]]] = {}
         self._wake = asyncio.Event()
