@@ -132,9 +132,9 @@ def store(open_store: Callable[[], Store]) -> Store:
 @pytest.fixture(scope="session")
 def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """A server with a model of random weights, "tiny", that has Llama 3's chat format and a context
-    of 512 tokens, most of them single bytes."""
+    of 2048 tokens, most of them single bytes."""
     folder = tmp_path_factory.mktemp("tiny-server")
-    model = write_gguf(folder / "tiny.gguf")
+    model = write_gguf(folder / "tiny.gguf", **{"llama.context_length": 2048})
     with live_server([model], folder / "data") as server:
         yield server
 
