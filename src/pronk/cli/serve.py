@@ -219,7 +219,8 @@ def _settings(flags: dict[str, Any]) -> "ServerSettings":
         allow_origins=tuple(flags["origins"]),
     )
     if flags["data_dir"] is not None:
-        settings = dataclasses.replace(settings, data_dir=_path(flags["data_dir"]))
+        folder = Path(os.path.expanduser(flags["data_dir"]))
+        settings = dataclasses.replace(settings, data_dir=folder)
     if settings.api_key_file is None:
         settings = dataclasses.replace(settings, control_token=os.urandom(16).hex())
     return settings

@@ -194,7 +194,9 @@ class Models:
 
     def _make(self, entry: Entry) -> LLM:
         source = entry.ref.path or entry.ref.text
-        return LLM(source, keep_free=self._promised(), **entry.options)
+        return LLM(
+            source, keep_free=self._promised(), adapters=dict(entry.adapters), **entry.options
+        )
 
     def _promised(self) -> int:
         """Bytes of KV caches that loaded models were promised and have not touched yet."""
@@ -232,7 +234,8 @@ class Models:
         entry = self.default if base is None else self.find(base)[0]
         lease = await self.acquire(entry.name)
         try:
-            await asyncio.to_thread(lease.llm.load_adapter, name, path)
+            others = self._promised() - lease.llm.untouched_bytes
+            await asyncio.to_thread(lease.llm.load_adapter, name, path, keep_free=others)
             entry.adapters[name] = path
         finally:
             lease.release()
