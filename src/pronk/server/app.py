@@ -18,17 +18,21 @@ from pronk.core.errors import PronkError
 from pronk.server import (
     anthropic,
     auth,
+    batches,
     chat,
     completions,
     files,
     metrics,
     model_routes,
     page,
+    stored_chats,
     tokenize,
     usage,
 )
+from pronk.server.batch_runner import Batches
 from pronk.server.disk import Files
 from pronk.server.errors import ApiError, api_error_of, error_body, validation_error
+from pronk.server.execute import executor
 from pronk.server.keys import Keys
 from pronk.server.layers import add_layers
 from pronk.server.logs import request_id
@@ -41,7 +45,8 @@ from pronk.server.tracing import start_tracing
 log = logging.getLogger(__name__)
 
 _ROUTERS = (
-    chat, completions, tokenize, anthropic, model_routes, files, usage, metrics, page,
+    chat, stored_chats, completions, tokenize, anthropic, model_routes, files, batches, usage,
+    metrics, page,
 )  # fmt: skip
 _IDLE_CHECK_SECONDS = 5.0
 
@@ -137,11 +142,22 @@ async def _running(
     tasks = [asyncio.create_task(spent.run())]
     if settings.idle_unload is not None:
         tasks.append(asyncio.create_task(_unload_idle(models, settings.idle_unload)))
+    service.batches = Batches(
+        store,
+        service.files,
+        executor(service),
+        concurrency=settings.batch_concurrency,
+        keys=keys,
+        max_line_bytes=settings.max_body_bytes,
+        on_line=counts.batch_line,
+    )
+    await service.batches.start()
     service.ready = True
     try:
         yield service
     finally:
         service.ready = False
+        await service.batches.stop()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
