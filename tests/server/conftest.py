@@ -48,6 +48,12 @@ def _as_user(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd="/", check=True, capture_output=True, text=True, **options)  # type: ignore[call-overload]
 
 
+@pytest.fixture
+def free_port() -> int:
+    """A port of loopback that nobody listens at."""
+    return _free_port()
+
+
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[str]:
     """The URL of a PostgreSQL server that lives as long as the tests, without a database's name."""
