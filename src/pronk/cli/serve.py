@@ -168,7 +168,9 @@ def serve(
     tls_key: str | None,
     **flags: Any,
 ) -> None:
-    """Serve models over HTTP, as OpenAI, Anthropic and Ollama do, and a page.
+    """Serve models over HTTP: a chat page and several APIs.
+
+    The APIs are those of OpenAI, Anthropic and Ollama.
 
     Without MODEL all models on disk can be asked for, and the default model (smollm2-135m), which
     is fetched on first use, is loaded at once. With MODELs these, the first at once. Others are
