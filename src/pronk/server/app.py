@@ -21,10 +21,12 @@ from pronk.server import (
     batches,
     chat,
     completions,
+    conversations,
     files,
     metrics,
     model_routes,
     page,
+    responses,
     stored_chats,
     tokenize,
     usage,
@@ -37,6 +39,7 @@ from pronk.server.keys import Keys
 from pronk.server.layers import add_layers
 from pronk.server.logs import request_id
 from pronk.server.models import Models
+from pronk.server.response_background import Responses
 from pronk.server.service import ClientGone, Service
 from pronk.server.settings import ServerSettings
 from pronk.server.store import Store
@@ -45,8 +48,8 @@ from pronk.server.tracing import start_tracing
 log = logging.getLogger(__name__)
 
 _ROUTERS = (
-    chat, stored_chats, completions, tokenize, anthropic, model_routes, files, batches, usage,
-    metrics, page,
+    chat, stored_chats, completions, responses, conversations, tokenize, anthropic, model_routes,
+    files, batches, usage, metrics, page,
 )  # fmt: skip
 _IDLE_CHECK_SECONDS = 5.0
 
@@ -152,11 +155,14 @@ async def _running(
         on_line=counts.batch_line,
     )
     await service.batches.start()
+    service.responses = Responses(store)
+    await service.responses.start()
     service.ready = True
     try:
         yield service
     finally:
         service.ready = False
+        await service.responses.stop()
         await service.batches.stop()
         for task in tasks:
             task.cancel()
