@@ -54,6 +54,9 @@ class Entry:
     loaded: Loaded | None = None
     users: int = 0
     last_used: float = 0.0
+    keep_alive: float | None = None
+    """Seconds without use after which it is unloaded, if somebody has asked for it (infinity: not
+    at all); forgotten when it was unloaded. None: what the settings say."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -158,12 +161,12 @@ class Models:
             await self._free(entry)
             return True
 
-    async def unload_idle(self, seconds: float) -> None:
-        """Unloads what nobody has used for so long."""
+    async def unload_idle(self, seconds: float | None) -> None:
+        """Unloads what nobody has used for so long (None: only where somebody asked for it)."""
         for entry in self:
-            if entry.loaded and not entry.users and time.monotonic() - entry.last_used >= seconds:
+            if entry.loaded and _is_idle(entry, seconds):
                 async with entry.lock:
-                    if entry.loaded and not entry.users:
+                    if entry.loaded and _is_idle(entry, seconds):
                         await self._free(entry)
 
     async def close(self) -> None:
@@ -221,6 +224,7 @@ class Models:
     async def _free(self, entry: Entry) -> None:
         loaded, entry.loaded = entry.loaded, None
         assert loaded is not None
+        entry.keep_alive = None
         self._metrics.unwatch(entry.name)
         await asyncio.to_thread(loaded.worker.close)
         await asyncio.to_thread(loaded.llm.close)
@@ -263,6 +267,13 @@ class Models:
                 if names.setdefault(name, entry.name) != entry.name:
                     shared.add(name)
         return {n: owner for n, owner in names.items() if n not in shared or n == owner.casefold()}
+
+
+def _is_idle(entry: Entry, seconds: float | None) -> bool:
+    limit = seconds if entry.keep_alive is None else entry.keep_alive
+    if limit is None or entry.users:
+        return False
+    return time.monotonic() - entry.last_used >= limit
 
 
 def _entry(source: str, options: Mapping[str, Any]) -> Entry:
