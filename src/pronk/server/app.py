@@ -51,7 +51,7 @@ _ROUTERS = (
     chat, stored_chats, completions, responses, conversations, tokenize, anthropic, model_routes,
     files, batches, usage, metrics, page,
 )  # fmt: skip
-_IDLE_CHECK_SECONDS = 5.0
+_IDLE_CHECK_SECONDS = 1.0
 
 
 def create_app(
@@ -142,9 +142,10 @@ async def _running(
     app.state.service = service
     lease = await models.acquire(models.default.name)
     lease.release()
-    tasks = [asyncio.create_task(spent.run())]
-    if settings.idle_unload is not None:
-        tasks.append(asyncio.create_task(_unload_idle(models, settings.idle_unload)))
+    tasks = [
+        asyncio.create_task(spent.run()),
+        asyncio.create_task(_unload_idle(models, settings.idle_unload)),
+    ]
     service.batches = Batches(
         store,
         service.files,
@@ -172,9 +173,9 @@ async def _running(
         await asyncio.to_thread(store.close)
 
 
-async def _unload_idle(models: Models, seconds: float) -> None:
+async def _unload_idle(models: Models, seconds: float | None) -> None:
     while True:
-        await asyncio.sleep(min(seconds, _IDLE_CHECK_SECONDS))
+        await asyncio.sleep(_IDLE_CHECK_SECONDS)
         await models.unload_idle(seconds)
 
 
