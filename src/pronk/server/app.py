@@ -98,6 +98,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         separate_input_output_schemas=True,
+        telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
     )
     app.state.limits = add_layers(
         app,
@@ -190,7 +191,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return answer(request, validation_error(error.errors()))
+        return answer(request, validation_error(error.errors(), error.body))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
