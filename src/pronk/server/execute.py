@@ -42,7 +42,7 @@ def executor(service: Service) -> Execute:
             checked = kind.body.model_validate(body)
             return 200, await kind.run(Call(service, caller, BATCH_PRIORITY), checked)
         except ValidationError as error:
-            failure = validation_error(error.errors())
+            failure = validation_error(error.errors(), body)
         except Exception as error:
             failure = api_error_of(error)
             if failure.status >= 500:

@@ -100,7 +100,10 @@ class AllowedToolsChoice(Body):
     allowed_tools: AllowedTools
 
 
-ToolChoice = Literal["auto", "none", "required"] | NamedToolChoice | AllowedToolsChoice
+ToolChoice = (
+    Literal["auto", "none", "required"]
+    | Annotated[NamedToolChoice | AllowedToolsChoice, Field(discriminator="type")]
+)
 
 
 class JsonSchemaFormat(Body):
