@@ -25,6 +25,8 @@ from pronk.server import (
     files,
     metrics,
     model_routes,
+    ollama,
+    ollama_models,
     page,
     responses,
     stored_chats,
@@ -48,8 +50,8 @@ from pronk.server.tracing import start_tracing
 log = logging.getLogger(__name__)
 
 _ROUTERS = (
-    chat, stored_chats, completions, responses, conversations, tokenize, anthropic, model_routes,
-    files, batches, usage, metrics, page,
+    chat, stored_chats, completions, responses, conversations, tokenize, anthropic, ollama,
+    ollama_models, model_routes, files, batches, usage, metrics, page,
 )  # fmt: skip
 _IDLE_CHECK_SECONDS = 1.0
 
