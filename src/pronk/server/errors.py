@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pronk.core.errors import ContextLengthError, PronkError, UserError
+from pronk.core.errors import ContextLengthError, MemoryLimitError, PronkError, UserError
 
 _PARAM = re.compile(r"([\w.\[\]]+): ")
 
@@ -64,10 +64,9 @@ def api_error_of(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextLengthError):
-        message = (
-            f"{error} (n_prompt_tokens={error.n_prompt}, n_ctx={error.n_context}); nothing was cut"
-        )
-        return ApiError(400, message, param="messages", code="context_length_exceeded")
+        return context_error(error, "messages")
+    if isinstance(error, MemoryLimitError):  # of a model that is loaded when it is asked for
+        return ApiError(503, str(error), code="model_capacity")
     if isinstance(error, UserError):
         named = _PARAM.match(str(error))
         return ApiError(400, str(error), param=named[1] if named else None)
@@ -76,6 +75,14 @@ def api_error_of(error: Exception) -> ApiError:
     if isinstance(error, PronkError):
         return ApiError(500, str(error))
     return ApiError(500, f"internal error ({type(error).__name__}); the server's log says more")
+
+
+def context_error(error: ContextLengthError, param: str) -> ApiError:
+    """A prompt that is too long, which came as `param`."""
+    message = (
+        f"{error} (n_prompt_tokens={error.n_prompt}, n_ctx={error.n_context}); nothing was cut"
+    )
+    return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
 def error_body(path: str, error: ApiError, request_id: str | None = None) -> dict[str, Any]:
@@ -163,12 +170,11 @@ _SOURCES = (("body",), ("query",), ("path",), ("header",), ("cookie",))
 def _place_in_body(loc: Sequence[str | int], kind: str, body: Any) -> tuple[str | int, ...]:
     place: list[str | int] = []
     for i, part in enumerate(loc):
-        if isinstance(body, Mapping) and part in body:
+        try:
             body = body[part]
-        elif isinstance(body, Sequence) and isinstance(part, int) and part < len(body):
-            body = body[part]
-        elif kind not in _MISSING or i + 1 < len(loc):
-            continue
+        except (LookupError, TypeError):
+            if kind not in _MISSING or i + 1 < len(loc):
+                continue
         place.append(part)
     return tuple(place)
 

@@ -187,8 +187,6 @@ class Models:
                     if not await self._make_room():
                         raise self._no_room(error) from error
             loaded = Loaded(llm, Worker(llm.engine, entry.name), _fingerprint(entry, llm))
-            for name, path in entry.adapters.items():
-                await asyncio.to_thread(llm.load_adapter, name, path)
             self._metrics.watch(entry.name, llm.engine.stats, adapters=lambda: len(entry.adapters))
             seconds = round(time.monotonic() - started, 2)
             fields = {"model": entry.name, "seconds": seconds, "context": llm.context}
