@@ -3,7 +3,7 @@
 import threading
 
 import pytest
-from fake_openai import Answer
+from fake_openai import Answer, call
 from page_driver import PATIENCE, Page
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
@@ -151,14 +151,16 @@ def test_another_chat_while_an_answer_comes_in(page: Page) -> None:
     assert page.text(".assistant .markdown") == "slow end"
 
 
+TO_END = """const box = document.querySelector('#scroller');
+return box.scrollHeight - box.clientHeight - box.scrollTop;"""
+
+
 def test_the_view_follows_until_somebody_scrolls_up(page: Page) -> None:
     gate = threading.Event()
     lines = [f"line {i}\n\n" for i in range(80)]
     page.fake.answers.append(Answer([*lines, gate, *lines]))
     page.send("Long")
-    box = "const s = document.querySelector('#scroller'); "
-    end = box + "return s.scrollHeight - s.clientHeight - s.scrollTop"
-    page.wait(lambda: "line 79" in page.text(".assistant .markdown") and page.js(end) < 8)
+    page.wait(lambda: "line 79" in page.text(".assistant .markdown") and page.js(TO_END) < 8)
     page.js("document.querySelector('#scroller').scrollTop -= 300")
     page.wait(lambda: page.one("#down").is_displayed())
     top = page.js("return document.querySelector('#scroller').scrollTop")
@@ -166,4 +168,14 @@ def test_the_view_follows_until_somebody_scrolls_up(page: Page) -> None:
     page.settled()
     assert page.js("return document.querySelector('#scroller').scrollTop") == top
     page.one("#down").click()
-    page.wait(lambda: page.js(end) < 8)
+    page.wait(lambda: page.js(TO_END) < 8)
+
+
+def test_the_view_follows_when_something_above_shrinks(page: Page) -> None:
+    calls = [call(i, f"call_{i}", "look", "{}") for i in range(6)]
+    page.say("Look around", *calls, finish="tool_calls")
+    page.fake.answers.append(Answer([f"line {i}\n\n" for i in range(40)]))
+    page.button("Send the results").click()  # fields become shorter texts, and an answer comes in
+    page.settled()
+    assert "line 39" in page.texts(".assistant .markdown")[-1]
+    page.wait(lambda: page.js(TO_END) < 8)

@@ -94,6 +94,7 @@ def test_a_tool_call_goes_round(page: Page) -> None:
     assert "being written" in page.text(".card-head")
     gate.set()
     page.settled()
+    assert "Calls the tool get_weather" in page.one("#live").get_property("textContent")
     assert page.fake.bodies[0]["tools"] == [TOOL]
     assert page.fake.bodies[0]["tool_choice"] == "required"
     assert json.loads(page.texts(".card pre")[0]) == {"city": "Oslo"}

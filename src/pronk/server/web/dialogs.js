@@ -117,6 +117,7 @@ export class SettingsDialog {
     const field = this.form.elements[name];
     if (field.value.trim()) return field.focus();
     field.value = this.settings[name] = text;
+    field.setSelectionRange(0, 0);
     this.#check();
     this.changed();
     return field.focus();

@@ -10,13 +10,13 @@ export class Follower {
   constructor(box, content, button) {
     this.box = box;
     this.pinned = true;
-    let lastTop = 0;
+    this.top = 0;
     box.addEventListener("scroll", () => {
       const { scrollTop, scrollHeight, clientHeight } = box;
       const left = scrollHeight - clientHeight - scrollTop;
       if (left < 8) this.pinned = true;
-      else if (scrollTop < lastTop) this.pinned = false;
-      lastTop = scrollTop;
+      else if (scrollTop < this.top) this.pinned = false;
+      this.top = scrollTop;
       button.hidden = this.pinned || left < 120;
     }, { passive: true });
     const watcher = new ResizeObserver(() => this.#follow());
@@ -31,7 +31,9 @@ export class Follower {
   }
 
   #follow() {
-    if (this.pinned) this.box.scrollTop = this.box.scrollHeight;
+    if (!this.pinned) return;
+    this.box.scrollTop = this.box.scrollHeight;
+    this.top = this.box.scrollTop; // content that shrinks moves it up, which nobody's hand did
   }
 }
 

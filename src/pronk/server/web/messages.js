@@ -91,6 +91,7 @@ export class Thread {
     element.removeAttribute("aria-busy");
     element.append(...this.#after(message));
     this.#cards(message, stream.cards);
+    for (const call of message.tool_calls ?? []) announce(`Calls the tool ${call.name}`);
   }
 
   #fill(message, stream, done = false) {

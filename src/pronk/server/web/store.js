@@ -130,6 +130,7 @@ const isText = (value) => typeof value === "string";
 /** The chat, if it has the shape that this page relies on. */
 function checkChat(chat) {
   need(chat && ID.test(chat.id) && isText(chat.title), "it has no id or no title");
+  need(chat.model === null || isText(chat.model), "its model is not a name");
   need(chat.settings && Object.values(chat.settings).every(isText), "its settings are not texts");
   need(chat.messages && typeof chat.messages === "object", "it has no messages");
   const seen = new Set();
