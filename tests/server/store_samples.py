@@ -1,7 +1,12 @@
 """Stored objects to test with, and a clock that stands still."""
 
+import pytest
+
 from pronk.server.storage.batches import StoredBatch
 from pronk.server.store import StoredChat, StoredFile, StoredResponse
+
+ON_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+"""For tests of what never reaches the database."""
 
 
 class Clock:

@@ -17,7 +17,7 @@ import openai
 import pytest
 import sqlalchemy as sa
 from fastapi.testclient import TestClient
-from store_samples import Clock
+from store_samples import ON_SQLITE, Clock
 from stored_app import KEYS, ME, YOU, make_app
 
 from pronk.server import batches as batches_module
@@ -236,6 +236,7 @@ def test_owners_see_their_own_batches_only(client: TestClient) -> None:
     wait_for(sdk, id)
 
 
+@ON_SQLITE
 @pytest.mark.parametrize(
     ("change", "param"),
     [
@@ -266,6 +267,7 @@ def test_bad_requests(client: TestClient, change: Json, param: str) -> None:
     assert answer.json()["error"]["param"] == param
 
 
+@ON_SQLITE
 @pytest.mark.parametrize("query", ["limit=0", "limit=101", "order=asc", "after=x", "before=x"])
 def test_bad_queries(client: TestClient, query: str) -> None:
     answer = client.get(f"/v1/batches?{query}")

@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.requests import ClientDisconnect
-from store_samples import Clock, batch
+from store_samples import ON_SQLITE, Clock, batch
 from stored_app import ME, YOU, make_app
 
 from pronk.server import files as files_module
@@ -112,6 +112,7 @@ def test_input_of_batches_expires_by_itself(client: TestClient, files: Files, cl
     assert on_disk(files) == set()
 
 
+@ON_SQLITE
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -263,6 +264,7 @@ def test_no_row_no_bytes(client: TestClient, files: Files, monkeypatch: Any) -> 
     assert on_disk(files) == set()
 
 
+@ON_SQLITE
 @pytest.mark.parametrize(
     ("query", "param"),
     [

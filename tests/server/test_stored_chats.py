@@ -8,6 +8,7 @@ from typing import Any
 import openai
 import pytest
 from fastapi.testclient import TestClient
+from store_samples import ON_SQLITE
 from stored_app import ME, YOU, make_app
 
 from pronk.server import stored_chats
@@ -125,6 +126,7 @@ def test_chats_of_others_are_not_there(store: Store, client: TestClient) -> None
     assert client.get(path).status_code == 200
 
 
+@ON_SQLITE
 @pytest.mark.parametrize(
     ("query", "param"),
     [
@@ -140,6 +142,7 @@ def test_bad_queries(client: TestClient, query: str, param: str) -> None:
     assert answer.json()["error"]["param"] == param
 
 
+@ON_SQLITE
 @pytest.mark.parametrize(
     ("body", "param"),
     [({}, "metadata"), ({"metadata": {"a": 1}}, "metadata.a"), ({"metadata": {}, "x": 1}, "x")],
