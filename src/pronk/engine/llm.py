@@ -39,7 +39,7 @@ from pronk.engine.prompts import (
 from pronk.engine.replies import Completion, Piece, Reply, ReplyText, completion_of, reply_of
 from pronk.engine.request import Request
 from pronk.engine.runner import Runner
-from pronk.engine.sampling import token_logprobs
+from pronk.engine.sampling import Pooler, Pooling, token_logprobs
 
 if TYPE_CHECKING:
     from pronk.text.chat import ChatFormat
@@ -85,7 +85,8 @@ class LLM:
     weights on disk, as much again as the model, so that the next start takes a moment (None: if
     the environment variable PRONK_LAYOUT_CACHE is 1). `adapters` are LoRA adapters, PEFT folders by
     name: what is asked with `adapter=NAME` is computed with that one. `keep_free` bytes of memory
-    are left to others. Raises UserError, and MemoryLimitError before anything is loaded that does not fit.
+    are left to others. Raises UserError, and MemoryLimitError before anything is loaded that does
+    not fit.
     """
 
     def __init__(
@@ -378,6 +379,23 @@ class LLM:
         request.observer = observer
         engine.run([request])
         return logits_TV
+
+    def embed(
+        self, texts: Prompt | Prompts, *, pooling: Pooling = "mean", adapter: str | None = None
+    ) -> F32:
+        """Vectors of length 1 for texts or lists of token ids, float32 `[N, D]` (`[D]` for one):
+        the mean of the last layer's normalized states, or the state of the last token. A model that
+        was not tuned for it makes vectors that compare texts only roughly."""
+        if _is_one(texts):
+            one: F32 = self.embed([cast(Prompt, texts)], pooling=pooling, adapter=adapter)[0]
+            return one
+        poolers = [Pooler(pooling) for _ in texts]
+        requests = [
+            self.prompter.embedding(text, pooler, adapter=adapter)
+            for text, pooler in zip(cast(Prompts, texts), poolers, strict=True)
+        ]
+        self.engine.run(requests)
+        return np.stack([pooler.vector for pooler in poolers])
 
     def close(self) -> None:
         """Frees the model. Using it afterwards is a UserError."""

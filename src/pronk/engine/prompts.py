@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from pronk.core.errors import UserError
 from pronk.engine.replies import ReplyText
 from pronk.engine.request import Constraint, Request, SamplingParams
-from pronk.engine.sampling import TextOut
+from pronk.engine.sampling import Pooler, TextOut
 
 if TYPE_CHECKING:
     from pronk.text.chat import ChatFormat
@@ -174,6 +174,10 @@ class Prompter:
         params = SamplingParams.of(options, defaults)
         constraint = None if answer is None else self.matchers.matcher(answer.compile())
         return self._request(self.ids(prompt), params, self.text_out(params), constraint, who)
+
+    def embedding(self, prompt: Prompt, pooler: Pooler, **who: Any) -> Request:
+        """A request that only computes its prompt, whose states `pooler` gathers."""
+        return Request(self.ids(prompt), None, observer=pooler, watches="hidden", **who)
 
     def ids(self, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, str):

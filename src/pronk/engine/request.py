@@ -20,8 +20,9 @@ from pronk.engine.sampling import AnswerText, TokenLogprob, fresh_seed
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 Observer: TypeAlias = Callable[[int, F32], None]
-"""Called as `observer(start, logits_NV)`: the logits of the prompt's positions from `start` on. A
-position comes again, with the same numbers, when a request was preempted."""
+"""Called as `observer(start, logits_NV)`: the logits of the prompt's positions from `start` on (or
+their hidden states `[N, D]`). A position comes again, with the same numbers, when a request was
+preempted."""
 
 
 class Constraint(Protocol):
@@ -205,6 +206,7 @@ class Request:
         eos_ids: frozenset[int] = frozenset(),
         text: AnswerText | None = None,
         observer: Observer | None = None,
+        watches: Literal["logits", "hidden"] = "logits",
         constraint: Constraint | None = None,
         adapter: str | None = None,
         salt: bytes = b"",
@@ -213,8 +215,9 @@ class Request:
         deadline: float | None = None,
     ) -> None:
         """`eos_ids` are the model's end tokens; `text` turns tokens into text and finds stop
-        strings, and without it an answer is token ids only; `constraint` says which tokens may
-        come; `adapter` names one of those that the model has loaded.
+        strings, and without it an answer is token ids only; `observer` is called with logits, or
+        with the normalized hidden states (`watches`, only without `params`); `constraint` says
+        which tokens may come; `adapter` names one of those that the model has loaded.
 
         Requests of one `salt` and adapter only share what was computed for a prompt. Those of a
         smaller `priority` go first; among equals `owner`s take turns. `deadline`, on the clock of
@@ -222,6 +225,8 @@ class Request:
         self.id = next(self._numbers)
         self.params = params
         self.observer = observer
+        assert params is None or watches == "logits", "who draws needs logits"
+        self.watches = watches
         self.constraint = constraint
         self.adapter = adapter
         self.salt = salt
@@ -300,7 +305,8 @@ class Request:
     @property
     def observed(self) -> bool:
         """Whether somebody wants the logits of the tokens that are computed next."""
-        return self.observer is not None and self.computed < self.n_prompt
+        watched = self.observer is not None and self.watches == "logits"
+        return watched and self.computed < self.n_prompt
 
     def end(self, reason: FinishReason, error: Exception | None = None) -> None:
         """The scheduler's last word."""

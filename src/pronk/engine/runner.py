@@ -8,19 +8,19 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from pronk.backends.protocol import F32, I32, Batch, KvDtype, Sampled, SampleParams
+from pronk.backends.protocol import F32, I32, Batch, KvDtype, Ops, Sampled, SampleParams
 from pronk.core.config import ModelConfig
 from pronk.engine.adapters import Adapters
 from pronk.engine.blocks import blocks_for
 from pronk.engine.load import LoadOps
 from pronk.engine.request import Observer
 from pronk.engine.scheduler import Outcome, Slice
-from pronk.model.llama import LlamaWeights, forward
+from pronk.model.llama import LlamaWeights, forward_hidden
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 Masks: TypeAlias = tuple[Mask | None, Mapping[int, Exception]]
@@ -80,10 +80,14 @@ class Runner:
             self.ops.set_threads(self._threads)
             try:
                 with np.errstate(over="ignore", invalid="ignore"):  # sampling tells whose they are
-                    logits_RV = forward(ops, self.config, weights, ids_T, batch, self._kv, rows_R)
+                    hidden_RD = forward_hidden(
+                        ops, self.config, weights, ids_T, batch, self._kv, rows_R
+                    )
+                    logits_RV, rows_of_R = self._logits(ops, weights, slices, hidden_RD)
             finally:
                 mask_RV, refusals = end_masks(masks)
-            errors = self._observe(slices, logits_RV)
+            errors = self._observe(slices, hidden_RD, logits_RV)
+            draws_R = rows_of_R[draws_R]
             params = [s.request.sample_params(s.draft[:i]) for s in slices for i in range(s.draws)]
             if len(draws_R) < len(logits_RV):
                 logits_RV = self.ops.take_rows(logits_RV, draws_R)
@@ -92,20 +96,40 @@ class Runner:
         errors = [e or refusals.get(i) for i, e in enumerate(errors)]
         return [e if e is not None else o for e, o in zip(errors, outcomes, strict=True)]
 
-    def _observe(self, slices: Sequence[Slice], logits_RV: F32) -> list[Exception | None]:
+    def _logits(
+        self, ops: Ops, weights: LlamaWeights, slices: Sequence[Slice], hidden_RD: Any
+    ) -> tuple[F32, I32]:
+        """Logits of the rows that somebody wants them of, not the hidden states alone; and for each
+        wanted row its row of logits, -1 for none."""
+        if not any(map(watches_hidden, slices)):
+            return ops.linear(hidden_RD, weights.output), np.arange(len(hidden_RD), dtype=np.int32)
+        wants = [not watches_hidden(s) for s in slices for _ in range(wanted_of(s))]
+        rows_R = np.where(wants, np.cumsum(wants) - 1, -1).astype(np.int32)
+        if not any(wants):
+            return np.empty((0, self._n_tokens), np.float32), rows_R
+        wanted_RD = ops.take_rows(hidden_RD, np.flatnonzero(wants).astype(np.int32))
+        return ops.linear(wanted_RD, weights.output), rows_R
+
+    def _observe(
+        self, slices: Sequence[Slice], hidden_RD: Any, logits_RV: F32
+    ) -> list[Exception | None]:
         """What the observer of each slice raised."""
         errors: list[Exception | None] = []
-        row = 0
+        row = logits_row = 0
         for s in slices:
-            observer = observer_of(s)
+            observer, n = observer_of(s), wanted_of(s)
+            hidden = watches_hidden(s)
             errors.append(None)
             if observer is not None:
                 n_prompt = min(s.n, s.request.n_prompt - s.start)
+                first = row if hidden else logits_row
+                seen = (hidden_RD if hidden else logits_RV)[first : first + n_prompt]
                 try:
-                    observer(s.start, self.ops.to_host(logits_RV[row : row + n_prompt]))
+                    observer(s.start, self.ops.to_host(seen))
                 except Exception as error:
                     errors[-1] = error
-            row += s.n if observer is not None else s.draws
+            row += n
+            logits_row += 0 if hidden else n
         return errors
 
     def _draw(
@@ -179,8 +203,18 @@ def right_ones(s: Slice, drawn: Iterator[Sampled | Exception]) -> Outcome:
     return right
 
 
+def wanted_of(s: Slice) -> int:
+    """Rows of a slice that go through the whole model."""
+    return s.n if observer_of(s) is not None else s.draws  # no drafts where somebody watches
+
+
+def watches_hidden(s: Slice) -> bool:
+    """Whether what is wanted of a slice are its hidden states."""
+    return observer_of(s) is not None and s.request.watches == "hidden"
+
+
 def observer_of(s: Slice) -> Observer | None:
-    """Who wants the logits of every row of a slice."""
+    """Who wants the logits, or the hidden states, of every row of a slice."""
     return s.request.observer if s.start < s.request.n_prompt else None
 
 
@@ -209,7 +243,7 @@ def wanted_rows(slices: Sequence[Slice], starts_S: I32) -> tuple[I32 | None, I32
     rows: list[int] = []
     draws: list[int] = []
     for s, stop in zip(slices, starts_S[1:].tolist(), strict=True):
-        n_rows = s.n if observer_of(s) is not None else s.draws  # no drafts where somebody watches
+        n_rows = wanted_of(s)
         rows.extend(range(stop - n_rows, stop))
         draws.extend(range(len(rows) - s.draws, len(rows)))
     everything = len(rows) == starts_S[-1]

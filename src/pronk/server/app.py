@@ -22,6 +22,7 @@ from pronk.server import (
     chat,
     completions,
     conversations,
+    embeddings,
     files,
     metrics,
     model_routes,
@@ -50,8 +51,8 @@ from pronk.server.tracing import start_tracing
 log = logging.getLogger(__name__)
 
 _ROUTERS = (
-    chat, stored_chats, completions, responses, conversations, tokenize, anthropic, ollama,
-    ollama_models, model_routes, files, batches, usage, metrics, page,
+    chat, stored_chats, completions, responses, conversations, embeddings, tokenize, anthropic,
+    ollama, ollama_models, model_routes, files, batches, usage, metrics, page,
 )  # fmt: skip
 _IDLE_CHECK_SECONDS = 1.0
 

@@ -91,7 +91,8 @@ async def begin(call: Call, body: t.ChatRequest) -> Job:
         lease.release()
         raise
     headers = {UNENFORCED: ", ".join(sorted(chat.unenforced))} if chat.unenforced else {}
-    return Job(body, Generation(call, lease, requests, body.n or 1), new_id("chatcmpl-"), now(), headers)
+    generation = Generation(call, lease, requests, body.n or 1)
+    return Job(body, generation, new_id("chatcmpl-"), now(), headers)
 
 
 def check(call: Call, body: t.ChatRequest) -> None:

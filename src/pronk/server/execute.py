@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from pronk.server import chat, completions, responses
+from pronk.server import chat, completions, embeddings, responses
 from pronk.server.auth import Caller
 from pronk.server.errors import api_error_of, openai_error, validation_error
 from pronk.server.openai_types import ChatRequest, CompletionRequest
@@ -27,6 +27,7 @@ class _Endpoint(NamedTuple):
 ENDPOINTS: Mapping[str, _Endpoint] = {
     "/v1/chat/completions": _Endpoint(ChatRequest, chat.execute),
     "/v1/completions": _Endpoint(CompletionRequest, completions.execute),
+    "/v1/embeddings": _Endpoint(embeddings.EmbeddingRequest, embeddings.execute),
     "/v1/responses": _Endpoint(ResponseRequest, responses.execute),
 }
 

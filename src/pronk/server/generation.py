@@ -95,8 +95,9 @@ class Generation:
     def __init__(
         self, call: Call, lease: Lease, requests: Sequence[Request], each: int = 1
     ) -> None:
-        """`each` answers of every prompt, one prompt after another. Takes over the lease. Raises ApiError where the caller's limits do not allow the
-        requests, UserError for one that can never run; the lease is released then."""
+        """`each` answers of every prompt, one prompt after another. Takes over the lease. Raises
+        ApiError where the caller's limits do not allow the requests, UserError for one that can
+        never run; the lease is released then."""
         self.call, self.lease, self.requests = call, lease, requests
         self._prompts = requests[::each]
         eom_id = lease.llm.tokenizer.special_ids.get("<|eom_id|>")
