@@ -14,7 +14,7 @@ from pronk.core.errors import UserError
 from pronk.engine.blocks import BlockPool
 from pronk.engine.draft import Speculator
 from pronk.engine.request import FinishReason, Request
-from pronk.engine.scheduler import Outcome, Scheduler, Slice
+from pronk.engine.scheduler import Outcome, Scheduler, Slice, Stored
 
 Result = TypeVar("Result")
 
@@ -66,6 +66,7 @@ class Engine:
         token_budget: int = 512,
         prefix_cache: bool = True,
         speculator: Speculator | None = None,
+        stored: Stored | None = None,
     ) -> None:
         self._model = model
         self._speculator = speculator
@@ -78,6 +79,7 @@ class Engine:
             max_batch=max_batch,
             token_budget=token_budget,
             drafts=speculator,
+            stored=stored,
         )
 
     @property
@@ -125,6 +127,17 @@ class Engine:
         finally:
             for request in requests:
                 self.abort(request)
+
+    def close(self) -> None:
+        """Hands the blocks that can be found by key to `stored`, where there is one. The engine
+        goes on to work, but nothing of it is stored any more."""
+        stored = self.scheduler.stored
+        if stored is None:
+            return
+        try:
+            self._alone(lambda: stored.keep(self.scheduler.pool.findable()))
+        finally:
+            stored.close()
 
     def _alone(self, work: Callable[[], Result]) -> Result:
         """Exclusive use of the scheduler. Whatever `work` raises, even a KeyboardInterrupt in the

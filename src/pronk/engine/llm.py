@@ -18,6 +18,7 @@ from pronk.checkpoints.pull import locate
 from pronk.core.config import ModelConfig
 from pronk.core.errors import UserError
 from pronk.core.progress import Progress, silent
+from pronk.engine.disk_blocks import DiskBlocks, DiskStats, open_disk_blocks
 from pronk.engine.draft import Speculator
 from pronk.engine.engine import Engine, pending
 from pronk.engine.load import (
@@ -80,7 +81,9 @@ class LLM:
     which keeps what has been computed for prompts that begin alike, nor `speculate`, which computes
     several tokens at once where the text repeats what came before. `layout_cache` keeps the packed
     weights on disk, as much again as the model, so that the next start takes a moment (None: if
-    the environment variable PRONK_LAYOUT_CACHE is 1). Raises UserError, and MemoryLimitError before
+    the environment variable PRONK_LAYOUT_CACHE is 1). With `kv_disk_bytes` what was computed for
+    prompts is kept on disk and found again by later starts, in the cache folder, at most so many
+    bytes for all models. Raises UserError, and MemoryLimitError before
     anything is loaded that does not fit.
     """
 
@@ -97,6 +100,7 @@ class LLM:
         prefix_cache: bool = True,
         speculate: bool = True,
         layout_cache: bool | None = None,
+        kv_disk_bytes: int = 0,
         progress: Progress = silent,
     ) -> None:
         _check_whole("max_batch", max_batch, 1, 4096)
@@ -105,9 +109,15 @@ class LLM:
             _check_whole("threads", threads, 1, 1024)
         if kv_dtype not in KV_DTYPES:
             raise UserError(f"kv_dtype: {kv_dtype!r} is not one of {', '.join(KV_DTYPES)}")
+        _check_whole("kv_disk_bytes", kv_disk_bytes, 0, 1 << 50)
+        if kv_disk_bytes and not prefix_cache:
+            raise UserError(
+                f"kv_disk_bytes: {kv_disk_bytes} is of no use without prefix_cache; leave it 0"
+            )
         ops: Any = select_backend(backend)
         self.backend_name: str = ops.name
         self._chat_format: list[ChatFormat | None] = []
+        self._disk: DiskBlocks | None = None
         self._checkpoint = open_checkpoint(locate(model, progress=progress))
         try:
             self.config: ModelConfig = self._checkpoint.config
@@ -119,8 +129,14 @@ class LLM:
             _check_vocabulary(self._checkpoint, self.tokenizer)
             self._recommended = recommended_sampling(self._checkpoint)
             self.threads = use_threads(ops, threads)
+            runner = self._runner(ops, n_blocks, kv_dtype, layout_cache, progress)
+            if kv_disk_bytes:
+                self._disk = open_disk_blocks(
+                    self._checkpoint, ops, kv_dtype, runner, kv_disk_bytes,
+                    lambda text: progress(0, 0, text),
+                )  # fmt: skip
             self._engine: Engine | None = Engine(
-                self._runner(ops, n_blocks, kv_dtype, layout_cache, progress),
+                runner,
                 vocab_size=self.tokenizer.vocab_size,
                 context=self.context,
                 n_blocks=n_blocks,
@@ -128,8 +144,11 @@ class LLM:
                 token_budget=token_budget,
                 prefix_cache=prefix_cache,
                 speculator=Speculator() if speculate else None,
+                stored=self._disk,
             )
         except BaseException:
+            if self._disk is not None:
+                self._disk.close()
             self._checkpoint.close()
             raise
 
@@ -158,6 +177,11 @@ class LLM:
             threads=self.threads,
             kv_dtype=kv_dtype,
         )
+
+    @property
+    def disk_stats(self) -> DiskStats | None:
+        """What has become of blocks on disk; None without `kv_disk_bytes`."""
+        return None if self._disk is None else self._disk.stats
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -299,9 +323,14 @@ class LLM:
         return logits_TV
 
     def close(self) -> None:
-        """Frees the model. Using it afterwards is a UserError."""
-        self._engine = None
-        self._checkpoint.close()
+        """Frees the model, once what `kv_disk_bytes` asks for is written. Using it afterwards is a
+        UserError."""
+        engine, self._engine = self._engine, None
+        try:
+            if engine is not None:
+                engine.close()
+        finally:
+            self._checkpoint.close()
 
     def __enter__(self) -> Self:
         return self

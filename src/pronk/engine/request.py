@@ -4,6 +4,7 @@ There is no prefill and no decode: `computed` chases `known`, and when it has ca
 token is sampled. Plain Python values only, so that a request may be read from any thread.
 """
 
+import hashlib
 import itertools
 import time
 from array import array
@@ -223,7 +224,7 @@ class Request:
         self.observer = observer
         self.constraint = constraint
         self.adapter = adapter
-        self.salt = salt if adapter is None else salt + b"\0" + adapter.encode()
+        self.salt = _root_of_keys(salt, adapter)
         """What the keys of its blocks begin with."""
         self.priority = priority
         self.owner = owner
@@ -349,6 +350,14 @@ class Request:
         if text.stopped:
             self.finish_reason = "stop"
         return piece
+
+
+def _root_of_keys(salt: bytes, adapter: str | None) -> bytes:
+    """A hash, since whoever chose the salt could choose one that continues the keys of others, or
+    that ends like the name of an adapter."""
+    if not salt and adapter is None:
+        return b""
+    return hashlib.blake2b(repr((salt, adapter)).encode(), digest_size=16).digest()
 
 
 def _as_array(prompt: Sequence[int]) -> "array[int]":

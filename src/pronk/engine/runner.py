@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pronk.backends.protocol import F32, I32, Batch, KvDtype, Ops, Sampled, SampleParams
+from pronk.backends.protocol import F32, I32, U8, Batch, KvDtype, Ops, Sampled, SampleParams
 from pronk.core.config import ModelConfig
 from pronk.engine.blocks import blocks_for
 from pronk.engine.request import Observer
@@ -88,6 +88,19 @@ class Runner:
         outcomes = [right_ones(s, drawn) for s in slices]
         errors = [e or refusals.get(i) for i, e in enumerate(errors)]
         return [e if e is not None else o for e, o in zip(errors, outcomes, strict=True)]
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a block of the KV cache."""
+        return self.ops.block_bytes(self._kv)
+
+    def read_block(self, block: int) -> U8:
+        """A copy of a block of the KV cache. For the thread that steps, as the next one."""
+        return self.ops.read_block(self._kv, block)
+
+    def write_block(self, block: int, data: memoryview) -> None:
+        """Puts back what `read_block` gave."""
+        self.ops.write_block(self._kv, block, np.frombuffer(data, np.uint8))
 
     def _observe(self, slices: Sequence[Slice], logits_RV: F32) -> list[Exception | None]:
         """What the observer of each slice raised."""
