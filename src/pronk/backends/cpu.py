@@ -19,8 +19,8 @@ from pronk.backends.reference import from_host, kv_bytes, sample, take_rows, to_
 from pronk.core.config import ModelConfig
 
 __all__ = [
-    "attention", "block_bytes", "default_threads", "embed", "from_host", "isa", "kv_bytes",
-    "linear", "make_kv", "make_stack", "make_table", "make_vector", "make_weight",
+    "attention", "block_bytes", "checksum", "default_threads", "embed", "from_host", "isa",
+    "kv_bytes", "linear", "make_kv", "make_stack", "make_table", "make_vector", "make_weight",
     "measure_bandwidth", "measure_int8", "name", "numerics", "packed_bytes", "read_block",
     "rms_norm", "rope", "sample", "set_threads", "swiglu", "take_profile", "take_rows", "to_host",
     "write_block",

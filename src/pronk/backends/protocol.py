@@ -138,6 +138,10 @@ class Ops(Protocol):
         and nothing written, for a block that the cache does not have or another number of bytes."""
         ...
 
+    def checksum(self, data: U8) -> int:
+        """64 bits at most that tell damaged bytes. For any thread."""
+        ...
+
     def numerics(self) -> str:
         """What results depend on besides inputs: equal texts, equal bits. It tells versions of
         the code and what it chose on this processor."""

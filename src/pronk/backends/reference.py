@@ -7,6 +7,7 @@ of its step: matrix products run row by row, because BLAS takes other paths for 
 import hashlib
 import math
 import platform
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,6 +135,10 @@ def _slots(array: npt.NDArray[Any], block: int) -> slice:
     if not 0 <= block < len(array) // BLOCK:
         raise ValueError("kv: block outside the cache")
     return slice(block * BLOCK, (block + 1) * BLOCK)
+
+
+def checksum(data: U8) -> int:
+    return zlib.crc32(data.data)
 
 
 def numerics() -> str:

@@ -15,7 +15,6 @@ longest ago go, whoever wrote them; a file's time of change is the time of its l
 
 import contextlib
 import errno
-import hashlib
 import os
 import struct
 import tempfile
@@ -26,13 +25,15 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Final, cast
 
+import numpy as np
+
 from pronk.backends.protocol import U8
 from pronk.checkpoints.cache import disk_error
 from pronk.core.errors import CheckpointError, UserError
 from pronk.core.files import open_regular_file
 
 _MAGIC: Final = b"PRONKKV1"
-_HEAD: Final = struct.Struct("<8s16s16sQ16s")
+_HEAD: Final = struct.Struct("<8s16s16sQQ8x")
 _KEY_BYTES: Final = 16
 _STEPS: Final = 16
 """The bound is kept by looking at all files each time that this fraction of it was written."""
@@ -54,9 +55,9 @@ class BlockFiles:
 
     `fingerprint` are 16 bytes that tell blocks of this folder from all others. All files in it and
     in the folders beside it have at most `limit` bytes together, and up to a sixteenth more for
-    each further process that writes at the same moment. `notice` is told in words, once, if nothing
-    can be written any more. One thread may read while another one writes. UserError where not a
-    single block may be kept."""
+    each further process that writes at the same moment. `checksum` is of 64 bits. `notice` is told
+    in words, once, if nothing can be written any more. One thread may read while another one
+    writes. UserError where not a single block may be kept."""
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class BlockFiles:
         fingerprint: bytes,
         block_bytes: int,
         limit: int,
+        checksum: Callable[[U8], int],
         notice: Callable[[str], None],
     ) -> None:
         self.file_bytes = _HEAD.size + block_bytes
@@ -78,9 +80,9 @@ class BlockFiles:
             )
         self._root, self._folder = folder.parent, folder
         self._fingerprint = fingerprint
-        self._notice = notice
+        self._checksum, self._notice = checksum, notice
         self._room = 0
-        self._buffer = memoryview(bytearray(self.file_bytes + 1))  # a longer file shows
+        self._buffer = np.zeros(self.file_bytes + 1, np.uint8)  # a longer file shows
         self._keys: set[bytes] = set()  # single operations only: two threads use it
         try:
             self._make_folder()
@@ -92,17 +94,18 @@ class BlockFiles:
         """Whether there was a file for a block; whether it is good shows when it is read."""
         return key in self._keys
 
-    def read(self, key: bytes, used_ns: int) -> memoryview | None:
+    def read(self, key: bytes, used_ns: int) -> U8 | None:
         """A block, good until the next call, or None. Its file was then used at `used_ns`."""
         path = self._path(key)
         try:
             with open_regular_file(path) as file:
-                n = cast(BufferedReader, file).readinto(self._buffer)
+                n = cast(BufferedReader, file).readinto(self._buffer.data)
         except (CheckpointError, OSError):  # gone, or nothing that could be read another time
             self._keys.discard(key)
             return None
         block = self._buffer[_HEAD.size : self.file_bytes]
-        if n != self.file_bytes or self._buffer[: _HEAD.size] != self._head(key, block):
+        head = self._buffer[: _HEAD.size].tobytes()
+        if n != self.file_bytes or head != self._head(key, block):
             self.n_damaged += 1
             self._keys.discard(key)
             with contextlib.suppress(OSError):
@@ -140,16 +143,15 @@ class BlockFiles:
         partial = Path(name)
         try:
             with open(number, "wb") as file:
-                file.write(self._head(key, block.data))
+                file.write(self._head(key, block))
                 file.write(block.data)
             os.utime(partial, ns=(used_ns, used_ns))
             partial.replace(self._path(key))
         finally:
             partial.unlink(missing_ok=True)
 
-    def _head(self, key: bytes, block: memoryview) -> bytes:
-        checksum = hashlib.blake2b(block, digest_size=16).digest()
-        return _HEAD.pack(_MAGIC, self._fingerprint, key, len(block), checksum)
+    def _head(self, key: bytes, block: U8) -> bytes:
+        return _HEAD.pack(_MAGIC, self._fingerprint, key, len(block), self._checksum(block))
 
     def _make_folder(self) -> None:
         self._root.parent.mkdir(parents=True, exist_ok=True)

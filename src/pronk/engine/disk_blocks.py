@@ -52,7 +52,7 @@ class BlockMemory(Protocol):
         """A copy of a block."""
         ...
 
-    def write_block(self, block: int, data: memoryview) -> None: ...
+    def write_block(self, block: int, data: U8) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,4 +223,5 @@ def open_disk_blocks(
     except UserError as error:
         notice(f"no KV blocks are kept on disk: {error}")
         return None
-    return DiskBlocks(memory, BlockFiles(folder, mark, memory.block_bytes, limit, notice))
+    files = BlockFiles(folder, mark, memory.block_bytes, limit, ops.checksum, notice)
+    return DiskBlocks(memory, files)

@@ -98,9 +98,9 @@ class Runner:
         """A copy of a block of the KV cache. For the thread that steps, as the next one."""
         return self.ops.read_block(self._kv, block)
 
-    def write_block(self, block: int, data: memoryview) -> None:
+    def write_block(self, block: int, data: U8) -> None:
         """Puts back what `read_block` gave."""
-        self.ops.write_block(self._kv, block, np.frombuffer(data, np.uint8))
+        self.ops.write_block(self._kv, block, data)
 
     def _observe(self, slices: Sequence[Slice], logits_RV: F32) -> list[Exception | None]:
         """What the observer of each slice raised."""
