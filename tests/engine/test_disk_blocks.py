@@ -253,7 +253,7 @@ def _folder(path: Path) -> None:
 
 
 def _of_its_neighbour(path: Path) -> None:
-    other = next(p for p in sorted(path.parent.iterdir()) if p != path)
+    other = next(p for p in sorted(path.parent.iterdir()) if p != path and p.is_file())
     shutil.copy(other, path)
 
 
@@ -630,9 +630,9 @@ class DiskMachine(EngineMachine):
 
     @rule(which=st.integers(0, 99), damage=st.sampled_from(sorted(DAMAGE.keys() - {"folder"})))
     def damage(self, which: int, damage: str) -> None:
-        paths = [path for path in self.disk.paths() if path.is_file()]
-        if len(paths) > 1:
-            DAMAGE[damage](paths[which % len(paths)])
+        whole = [p for p in self.disk.paths() if p.is_file() and p.stat().st_size == FILE]
+        if len(whole) > 1:
+            DAMAGE[damage](whole[which % len(whole)])
 
     def teardown(self) -> None:
         super().teardown()
@@ -812,8 +812,7 @@ def test_a_prefix_of_smollm2_outlives_the_process(smollm2_path: Path, kv_root: P
         with LLM(smollm2_path, backend="cpu", ctx=2048, kv_disk_bytes=n_disk_bytes) as llm:
             prompt = llm.tokenizer.encode(line * 80)[:1000]
             request = Request(prompt, SamplingParams(max_tokens=12, logprobs=3))
-            engine = llm._open_engine()
-            engine.run([request])
+            llm.engine.run([request])
             return request.output, request.logprobs, request.cached or 0, llm.disk_stats
 
     plain = answer(0)

@@ -94,8 +94,8 @@ def make_engine(n_blocks: int, **options: Any) -> Engine:
     return Engine(FakeModel(n_blocks), vocab_size=VOCAB, n_blocks=n_blocks, **values)
 
 
-def make_request(prompt: Sequence[int], max_tokens: int = 8) -> Request:
-    return Request(prompt, SamplingParams(max_tokens=max_tokens))
+def make_request(prompt: Sequence[int], max_tokens: int = 8, **options: Any) -> Request:
+    return Request(prompt, SamplingParams(max_tokens=max_tokens), **options)
 
 
 def check_accounts(engine: Engine) -> None:
@@ -109,8 +109,12 @@ def check_accounts(engine: Engine) -> None:
         assert len(request.blocks) >= blocks_for(request.computed)
         assert request.computed < request.known <= request.limit
     assert not any(request.blocks or request.computed for request in scheduler.waiting)
-    order = [request.id for request in (*scheduler.running, *scheduler.waiting)]
-    assert order == sorted(order), "first come, first served"
+    priorities = [request.priority for request in scheduler.running]
+    assert priorities == sorted(priorities)
+    assert scheduler._served.keys() == {r.owner for r in (*scheduler.running, *scheduler.waiting)}
+    for key, request in scheduler._coming.items():
+        assert request in scheduler.running
+        assert key in request.keys[request.published :]
 
 
 prompts = st.tuples(
@@ -129,9 +133,12 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine = make_engine(6, max_batch=4, token_budget=50)
         self.all: list[tuple[Request, list[int]]] = []
 
-    @rule(target=requests, prompt=prompts, max_tokens=st.integers(1, 70))
-    def add(self, prompt: list[int], max_tokens: int) -> Request:
-        request = make_request(prompt, max_tokens)
+    @rule(
+        target=requests, prompt=prompts, max_tokens=st.integers(1, 70), priority=st.integers(0, 2),
+        owner=st.sampled_from(["", "a", "b"]),
+    )  # fmt: skip
+    def add(self, prompt: list[int], max_tokens: int, priority: int, owner: str) -> Request:
+        request = make_request(prompt, max_tokens, priority=priority, owner=owner)
         self.engine.add(request)
         self.all.append((request, expected(prompt, max_tokens)))
         return request

@@ -34,3 +34,7 @@ class ContextLengthError(UserError):
 
 class MemoryLimitError(UserError):
     """The model does not fit the memory that is free; raised before anything is loaded."""
+
+
+class DeadlineError(PronkError, TimeoutError):
+    """A request had not ended when its time was up."""

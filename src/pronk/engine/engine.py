@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from pronk.core.errors import UserError
+from pronk.core.errors import DeadlineError, UserError
 from pronk.engine.blocks import BlockPool
 from pronk.engine.draft import Speculator
 from pronk.engine.request import FinishReason, Request
@@ -38,6 +38,29 @@ class Event:
     text: str
     """Text that became certain; all of a request's texts joined are its answer."""
     finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Where an engine stands; counts are since it was made."""
+
+    running: int
+    waiting: int
+    blocks: int
+    """Of the KV cache."""
+    blocks_used: int
+    """In the table of some request."""
+    blocks_cached: int
+    """In none, but found by prompts that begin alike."""
+    preemptions: int
+    prompt_tokens: int
+    """Of requests that have started."""
+    cached_tokens: int
+    """Of those, the ones that had been computed before."""
+    output_tokens: int
+    drafted: int
+    accepted: int
+    """Of the drafted tokens."""
 
 
 def pending(requests: Sequence[Request]) -> bool:
@@ -73,6 +96,7 @@ class Engine:
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
         self._in_order = True
+        self._n_output = 0
         self.scheduler = Scheduler(
             BlockPool(n_blocks, prefix_cache=prefix_cache),
             context=context,
@@ -85,6 +109,24 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def stats(self) -> EngineStats:
+        """Numbers to look at, from any thread and without waiting for a step: they may be of
+        different moments of it."""
+        scheduler, drafts = self.scheduler, self._speculator
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            blocks=scheduler.pool.n_blocks,
+            blocks_used=scheduler.pool.n_blocks - scheduler.pool.available,
+            blocks_cached=scheduler.pool.n_cached,
+            preemptions=scheduler.preemptions,
+            prompt_tokens=scheduler.prompt_tokens,
+            cached_tokens=scheduler.cached_tokens,
+            output_tokens=self._n_output,
+            drafted=drafts.drafted if drafts else 0,
+            accepted=drafts.accepted if drafts else 0,
+        )
 
     def add(self, request: Request) -> None:
         """Queues a request, if `check` has nothing against it."""
@@ -115,6 +157,15 @@ class Engine:
             return True
 
         return self._alone(abort)
+
+    def fail_all(self, error: Exception) -> list[Event]:
+        """Ends everything with `error`: for whoever steps, when stepping itself keeps failing."""
+
+        def fail() -> list[Event]:
+            queued = (*self.scheduler.running, *self.scheduler.waiting)
+            return [self._end(request, "error", error) for request in queued]
+
+        return self._alone(fail)
 
     def run(self, requests: Sequence[Request]) -> None:
         """Adds the requests and steps until all of them have ended. If one is refused or fails, or
@@ -156,6 +207,13 @@ class Engine:
             return result
 
     def _step(self) -> list[Event]:
+        late = [
+            self._end(request, "error", DeadlineError("deadline: the time of this request is up"))
+            for request in self.scheduler.expired(time.monotonic())
+        ]
+        return late + self._compute()
+
+    def _compute(self) -> list[Event]:
         slices = self.scheduler.schedule()
         if not slices:
             return []
@@ -191,6 +249,7 @@ class Engine:
         if request.finish_reason is not None:
             self.scheduler.finish(request, request.finish_reason)
         tokens = tuple(sampled.token for sampled in outcome[: len(texts)])
+        self._n_output += len(tokens)
         return Event(request, tokens, "".join(texts), request.finish_reason)
 
     def _accept(self, done: Slice, n: int) -> None:

@@ -4,14 +4,17 @@ A request is `computed` tokens chasing `known` ones; a step moves each running r
 tokens as the budget leaves it: a long prompt in chunks, a request that has caught up by one. So
 chunked prefill, decoding, a stored prefix and the recomputation after a preemption are one case.
 
-First come, first served: running requests are ordered by arrival, and all of them came before all
-waiting ones. Where blocks run out the youngest running request gives its own back and waits again;
-its tokens are kept, only their keys and values are computed once more.
+Who goes first: the smaller `priority`; among equals the owner that was given the fewest tokens
+lately; for one owner first come, first served. Running requests go on before others of their
+priority start. Where blocks run out, or a place in the batch for a smaller priority, the running
+request of the largest priority that started last gives its own back and waits again; its tokens are
+kept, only their keys and values are computed once more. A request waits, too, while a running one
+computes the beginning that both share: then that is there to be found.
 """
 
-from collections import deque
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
 from pronk.backends.protocol import BLOCK, Sampled
@@ -105,6 +108,17 @@ class _Room:
             self.observed -= chunk.n
 
 
+@dataclass(slots=True)
+class _Step:
+    """A step while it is put together."""
+
+    room: _Room
+    drafts: Mapping[Request, Sequence[int]]
+    slices: list[Slice] = field(default_factory=list)
+    full: bool = False
+    """Somebody waits for room: nobody starts who came later."""
+
+
 class Scheduler:
     """`context`: most tokens of a request; `max_batch`: most requests of a step; `token_budget`:
     most tokens of a step; `drafts`: guesses that steps of generated rows only may take along;
@@ -131,7 +145,16 @@ class Scheduler:
         self.drafts = drafts
         self.stored = stored
         self.running: list[Request] = []
-        self.waiting: deque[Request] = deque()
+        """By priority; those of one priority as they started."""
+        self.waiting: list[Request] = []
+        self.preemptions = 0
+        self.prompt_tokens = self.cached_tokens = 0
+        """Of requests that have started, and how many of those were found stored."""
+        self._served: dict[str, int] = {}
+        """Tokens computed for each owner that has requests, counted from that of the owner who had
+        least when it came."""
+        self._coming: dict[bytes, Request] = {}
+        """Keys of the blocks that running requests will store, by who computes them."""
 
     def check(self, request: Request) -> None:
         """Refuses a request that could never run: ContextLengthError, or UserError where it is the
@@ -152,7 +175,13 @@ class Scheduler:
         limit = self.context if most is None else request.n_prompt + most
         request.limit = min(limit, self.context, self._positions)
         request.state = State.WAITING
+        self._served.setdefault(request.owner, min(self._served.values(), default=0))
         self.waiting.append(request)
+
+    def expired(self, now: float) -> list[Request]:
+        """Requests whose deadline has passed."""
+        queued = (*self.running, *self.waiting)
+        return [r for r in queued if r.deadline is not None and r.deadline <= now]
 
     @property
     def _positions(self) -> int:
@@ -165,31 +194,58 @@ class Scheduler:
         that the step writes to are then in the tables of its requests. How far a running request
         is computed, and which blocks can be found by key, changes in `commit` only.
         """
-        slices: list[Slice] = []
-        room = _Room(self.token_budget)
-        drafts = self._propose()
-        turn = 0
-        while room.tokens and turn < len(self.running):
+        step = _Step(_Room(self.token_budget), self._propose())
+        for priority in sorted({request.priority for request in (*self.running, *self.waiting)}):
+            self._continue(step, priority)
+            self._start(step, priority)
+        return step.slices
+
+    def _continue(self, step: "_Step", priority: int) -> None:
+        """Gives the running requests of a priority their share of a step."""
+        turn = sum(1 for request in self.running if request.priority < priority)
+        while turn < len(self.running) and self.running[turn].priority == priority:
             request = self.running[turn]
-            if most := room.holds(request):
+            if most := step.room.holds(request):
                 chunk = self._chunk(request, most)
                 if not self._make_room(request, chunk.n):
-                    break  # it was the youngest, and waits again
-                if draft := drafts.get(request):
+                    return  # it was the last of all, and waits again
+                if draft := step.drafts.get(request):
                     chunk = self._extend(chunk, draft)
-                slices.append(chunk)
-                room.book(chunk)
+                self._book(step, chunk)
             turn += 1
-        while self.waiting and len(self.running) < self.max_batch:
-            request = self.waiting[0]
-            if not room.holds(request) or not self._admit(request):
-                break
-            chunk = self._chunk(request, room.holds(request))
+
+    def _start(self, step: "_Step", priority: int) -> None:
+        """Lets waiting requests of a priority run. Where one of them has to wait for room, so have
+        all after it."""
+        while not step.full:
+            request = self._next(priority)
+            if request is None:
+                return
+            if not step.room.holds(request) or not self._admit(request):
+                step.full = True
+                return
+            chunk = self._chunk(request, step.room.holds(request))
             made = self._make_room(request, chunk.n)
             assert made, f"request {request.id} was admitted without room"
-            slices.append(chunk)
-            room.book(chunk)
-        return slices
+            self._book(step, chunk)
+
+    def _book(self, step: "_Step", chunk: Slice) -> None:
+        step.slices.append(chunk)
+        step.room.book(chunk)
+        self._served[chunk.request.owner] += chunk.rows
+
+    def _next(self, priority: int) -> Request | None:
+        """Whose turn it is among the waiting ones of a priority, apart from those whose beginning
+        is being computed."""
+        ready = (r for r in self.waiting if r.priority == priority and not self._is_coming(r))
+        return min(ready, key=lambda r: (self._served[r.owner], r.id), default=None)
+
+    def _is_coming(self, request: Request) -> bool:
+        """Whether a running request is about to store the next block of a waiting one."""
+        if not self._coming or request.observer is not None:
+            return False
+        key = self.pool.first_missing(request.keys, request.ids, request.salt)
+        return key is not None and key in self._coming
 
     def commit(self, done: Slice, accepted: int = 0) -> None:
         """The slice's keys and values are stored, and those of the first `accepted` tokens of its
@@ -201,6 +257,7 @@ class Scheduler:
             extend_keys(request.keys, request.ids, full, request.salt)
             for i in range(request.published, full):
                 self.pool.publish(request.blocks[i], request.keys[i])
+                self._coming.pop(request.keys[i], None)
             request.published = full
 
     def finish(
@@ -212,6 +269,8 @@ class Scheduler:
         for queue in (self.running, self.waiting):
             if request in queue:
                 queue.remove(request)
+        if not any(r.owner == request.owner for r in (*self.running, *self.waiting)):
+            self._served.pop(request.owner, None)
 
     def recover(self) -> None:
         """Puts everything in order after an exception that may have come from the middle of any
@@ -230,14 +289,19 @@ class Scheduler:
                 request.preemptions += 1
             del request.blocks[:]
             request.computed = 0
-        self.waiting = deque(request for request in requests if not request.finished)
+        self.waiting = [request for request in requests if not request.finished]
         self.running = []
+        self._served = {request.owner: 0 for request in self.waiting}
+        self._coming = {}
         self.pool.forget_references()
 
     def _propose(self) -> Mapping[Request, Sequence[int]]:
         """Guesses, if the step will have nothing to do but decode."""
         decodes = all(r.known - r.computed == 1 and not r.observed for r in self.running)
-        may_start = self.waiting and len(self.running) < self.max_batch
+        may_start = self.waiting and (
+            len(self.running) < self.max_batch
+            or min(r.priority for r in self.waiting) < self.running[-1].priority
+        )
         room = min(self.token_budget - len(self.running), MOST_DRAFTED)
         if self.drafts is None or not self.running or not decodes or may_start or room < 1:
             return {}
@@ -259,20 +323,41 @@ class Scheduler:
         return Slice(request, request.computed, n, last and request.params is not None)
 
     def _make_room(self, request: Request, n: int) -> bool:
-        """Gives a running request the blocks of its next n tokens, taking them from the youngest
-        where none is left; False if that was the request itself."""
+        """Gives a running request the blocks of its next n tokens, taking them from the last of
+        all where none is left; False if that was the request itself."""
         missing = max(0, blocks_for(request.computed + n) - len(request.blocks))
         while (blocks := self.pool.take(missing)) is None:
-            youngest = self.running[-1]
-            self._preempt(youngest)
-            if youngest is request:
+            last = self.running[-1]
+            self._preempt(last)
+            if last is request:
                 return False
         request.blocks.extend(blocks)
         return True
 
     def _admit(self, request: Request) -> bool:
-        """Lets the first waiting request run if there is room for all its tokens and one more:
-        with less it would soon have to go again."""
+        """Lets a waiting request run if there is room for all its tokens and one more (with less it
+        would soon have to go again), or if running ones of a larger priority can make some."""
+        while True:
+            if len(self.running) < self.max_batch and self._take_prefix(request):
+                break
+            if not self.running or self.running[-1].priority <= request.priority:
+                return False
+            self._preempt(self.running[-1])
+        if request.cached is None:
+            request.started_at = time.perf_counter()
+            request.cached = request.computed
+            self.prompt_tokens += request.n_prompt
+            self.cached_tokens += request.cached
+        request.state = State.RUNNING
+        place = sum(1 for r in self.running if r.priority <= request.priority)
+        self.running.insert(place, request)  # first, so that it is never in neither
+        self.waiting.remove(request)
+        for key in request.keys[request.published : request.known // BLOCK]:
+            self._coming.setdefault(key, request)
+        return True
+
+    def _take_prefix(self, request: Request) -> bool:
+        """Gives a request the stored blocks that it begins with, if there is room for the rest."""
         blocks: list[int] = []
         n_stored = 0
         if request.observer is None:
@@ -285,11 +370,6 @@ class Scheduler:
         n_stored = len(blocks) * BLOCK
         request.blocks.extend(blocks)
         request.computed, request.published = n_stored, len(blocks)
-        if request.cached is None:
-            request.cached = n_stored
-        request.state = State.RUNNING
-        self.running.append(request)  # first, so that it is never in neither
-        self.waiting.popleft()
         return True
 
     def _load(self, request: Request, found: list[int]) -> list[int]:
@@ -308,15 +388,19 @@ class Scheduler:
             self.pool.publish(block, key)
         return blocks[:n]
 
-    def _preempt(self, youngest: Request) -> None:
-        assert youngest is self.running[-1]
-        self.waiting.appendleft(youngest)  # first, so that it is never in neither
+    def _preempt(self, last: Request) -> None:
+        assert last is self.running[-1]
+        self.waiting.append(last)  # first, so that it is never in neither
         self.running.pop()
-        self._take_back(youngest)
-        youngest.state = State.WAITING
-        youngest.preemptions += 1
+        self._take_back(last)
+        last.state = State.WAITING
+        last.preemptions += 1
+        self.preemptions += 1
 
     def _take_back(self, request: Request) -> None:
         self.pool.give_back(request.blocks)
         del request.blocks[:]
         request.computed = 0
+        for key in request.keys:
+            if self._coming.get(key) is request:
+                del self._coming[key]
