@@ -301,6 +301,18 @@ def test_what_is_damaged_is_computed_anew(disk: Disk, damage: Callable[[Path], N
     assert ask(disk.start(), prompt).cached == (2 if path.is_dir() else 6) * BLOCK
 
 
+def test_a_file_of_another_folder_is_no_file_of_this_one(disk: Disk) -> None:
+    key, data = block_of(7)
+    theirs, mine = (disk.root / name.hex() / key.hex() for name in (OTHER, ONE))
+    disk.files(OTHER).write(key, data, 10**9)
+    mine.parent.mkdir()
+    shutil.copy(theirs, mine)
+    files = disk.files()
+    assert key in files
+    assert files.read(key, 10**9) is None
+    assert (mine.exists(), theirs.exists(), files.n_damaged) == (False, True, 1)
+
+
 def test_names_that_are_no_keys_are_left_alone(disk: Disk) -> None:
     first = disk.start()
     ask(first, text(2 * BLOCK))
