@@ -30,6 +30,6 @@ def chat(id: str, owner: str = "me", **more: object) -> StoredChat:
 
 
 def batch(id: str, input: str = "file-1", owner: str = "me", **more: object) -> StoredBatch:
-    values = {"caller": {}, "endpoint": "/v1/completions", "completion_window": "24h",
+    values = {"endpoint": "/v1/completions", "completion_window": "24h",
               "created_at": 1, "expires_at": 2}  # fmt: skip
     return StoredBatch(id=id, owner=owner, input_file_id=input, **(values | more))  # type: ignore[arg-type]

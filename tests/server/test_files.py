@@ -15,6 +15,7 @@ import pytest
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.requests import ClientDisconnect
 from store_samples import Clock, batch
 from stored_app import ME, YOU, make_app
 
@@ -214,6 +215,34 @@ def test_upload_is_not_held_in_memory(store: Store, files: Files) -> None:
     assert sum(seen) == LIMIT
     assert len(seen) > 2
     assert max(seen) <= (1 << 20) + 65_536
+
+
+def test_client_that_goes_away_leaves_nothing(store: Store, files: Files) -> None:
+    app = make_app(store, [files_module.router], files=files)
+    pieces = [
+        {"type": "http.request", "more_body": True, "body": b"--B\r\nContent-Disposition: "
+         b'form-data; name="file"; filename="f"\r\n\r\n' + bytes(2_000_000)},
+        {"type": "http.disconnect"},
+    ]  # fmt: skip
+    seen: list[set[str]] = []
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/files", "raw_path": b"/v1/files",
+        "query_string": b"", "root_path": "", "http_version": "1.1", "scheme": "http",
+        "headers": [(b"authorization", b"Bearer pk-me"),
+                    (b"content-type", b"multipart/form-data; boundary=B")],
+    }  # fmt: skip
+
+    async def receive() -> Any:
+        seen.append(on_disk(files))
+        return pieces.pop(0)
+
+    async def send(message: Any) -> None:
+        pass
+
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(app(scope, receive, send))
+    assert len(seen[-1]) == 1
+    assert on_disk(files) == set()
 
 
 def test_full_disk_is_told(client: TestClient, files: Files, monkeypatch: Any) -> None:

@@ -4,6 +4,7 @@ Several threads may use one `LLM`; their requests run together in batches.
 """
 
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from datetime import date as Date
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ from pronk.checkpoints.pull import locate
 from pronk.core.config import ModelConfig
 from pronk.core.errors import UserError
 from pronk.core.progress import Progress, silent
+from pronk.engine.adapters import adapters_bytes
 from pronk.engine.disk_blocks import DiskBlocks, DiskStats, open_disk_blocks
 from pronk.engine.draft import Speculator
 from pronk.engine.engine import Engine, pending
@@ -75,7 +77,8 @@ class LLM:
     """A model in memory.
 
     `model` is a catalog name, a Hugging Face id or a path. `ctx` is the most tokens of a prompt and
-    its answer together; without it the model's own, at most 8192, or what there is memory for.
+    its answer together; without it the model's own, at most 8192 (if `roomy`, more where there is
+    much memory), or what there is memory for.
     `threads` None: all that this process may use. `max_batch` requests at most share a step, which
     computes at most `token_budget` tokens; neither changes an answer, nor does `prefix_cache`,
     which keeps what has been computed for prompts that begin alike, nor `speculate`, which computes
@@ -83,8 +86,9 @@ class LLM:
     weights on disk, as much again as the model, so that the next start takes a moment (None: if
     the environment variable PRONK_LAYOUT_CACHE is 1). With `kv_disk_bytes` what was computed for
     prompts is kept on disk and found again by later starts, in the cache folder, at most so many
-    bytes for all models. `keep_free` bytes of memory are left to others. Raises UserError, and
-    MemoryLimitError before anything is loaded that does not fit.
+    bytes for all models. `adapters` are LoRA adapters, PEFT folders by name: what is asked with
+    `adapter=NAME` is computed with that one. `keep_free` bytes of memory are left to others. Raises
+    UserError, and MemoryLimitError before anything is loaded that does not fit.
     """
 
     def __init__(
@@ -101,7 +105,9 @@ class LLM:
         speculate: bool = True,
         layout_cache: bool | None = None,
         kv_disk_bytes: int = 0,
+        adapters: Mapping[str, str | Path] | None = None,
         keep_free: int = 0,
+        roomy: bool = False,
         progress: Progress = silent,
     ) -> None:
         _check_whole("max_batch", max_batch, 1, 4096)
@@ -124,9 +130,11 @@ class LLM:
             if ctx is not None:
                 _check_whole("ctx", ctx, 1, self.config.context)
             need = need_of(self._checkpoint, ops, token_budget=token_budget, max_batch=max_batch)
+            extra = adapters_bytes(adapters or {}, self.config, ops)
+            need = replace(need, weights=need.weights + extra)
             free = free_memory()
             free = None if free is None else max(0, free - keep_free)
-            self.context, n_blocks = fit(need, ctx, kv_dtype, free)
+            self.context, n_blocks = fit(need, ctx, kv_dtype, free, roomy=roomy)
             self.kv_dtype = kv_dtype
             self._block_bytes = need.kv_bytes(1, kv_dtype)
             self.tokenizer: Tokenizer = load_tokenizer(self._checkpoint)
@@ -151,7 +159,10 @@ class LLM:
                 prefix_cache=prefix_cache,
                 speculator=Speculator() if speculate else None,
                 stored=self._disk,
+                adapters=runner.adapters,
             )
+            for name, folder in (adapters or {}).items():
+                self.load_adapter(name, folder, keep_free=keep_free)
         except BaseException:
             if self._disk is not None:
                 self._disk.close()
@@ -218,6 +229,22 @@ class LLM:
             raise UserError("LLM: this model has been closed; load it again")
         return self._engine
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return self.engine.adapters
+
+    def load_adapter(self, name: str, path: str | Path, *, keep_free: int = 0) -> None:
+        """Loads a LoRA adapter, a PEFT folder; answers go on meanwhile, and `keep_free` bytes of
+        memory are left to others. UserError for a name that is taken, and for a folder that is
+        damaged, unsupported, of another model or too large."""
+        promised = keep_free + self.untouched_bytes
+        self.engine.load_adapter(name, path, keep_free=promised)
+
+    def unload_adapter(self, name: str) -> None:
+        """UserError for an adapter that is not loaded, or that an unfinished answer uses."""
+        self.engine.unload_adapter(name)
+
     def chat(
         self,
         messages: "Sequence[Mapping[str, Any] | Message]",
@@ -228,6 +255,7 @@ class LLM:
         parallel_tool_calls: bool = True,
         response_format: Mapping[str, Any] | None = None,
         date: Date | str | None = None,
+        adapter: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Reply:
         """The assistant's answer to a chat.
@@ -242,7 +270,7 @@ class LLM:
         pieces = self.stream(
             messages, tools=tools, builtin_tools=builtin_tools, tool_choice=tool_choice,
             parallel_tool_calls=parallel_tool_calls, response_format=response_format, date=date,
-            **options,
+            adapter=adapter, **options,
         )  # fmt: skip
         *_, last = pieces
         assert last.reply is not None
@@ -258,6 +286,7 @@ class LLM:
         parallel_tool_calls: bool = True,
         response_format: Mapping[str, Any] | None = None,
         date: Date | str | None = None,
+        adapter: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generator[Piece, None, None]:
         """As `chat`, in pieces: their texts joined are the reply's text, and the last one carries
@@ -266,7 +295,7 @@ class LLM:
             _checked_messages(messages), _checked_tools(tools), builtin_tools, tool_choice,
             parallel_tool_calls, answer=answer_shape(response_format), date=date,
         )  # fmt: skip
-        request = self.prompter.chat(chat, options)
+        request = self.prompter.chat(chat, options, adapter=adapter)
         self.engine.check(request)
         return self._pieces(request)
 
@@ -286,13 +315,21 @@ class LLM:
             engine.abort(request)
 
     @overload
-    def generate(self, prompt: Prompt, **options: Unpack[SamplingOptions]) -> Completion: ...
+    def generate(
+        self, prompt: Prompt, *, adapter: str | None = None, **options: Unpack[SamplingOptions]
+    ) -> Completion: ...
 
     @overload
-    def generate(self, prompt: Prompts, **options: Unpack[SamplingOptions]) -> list[Completion]: ...
+    def generate(
+        self, prompt: Prompts, *, adapter: str | None = None, **options: Unpack[SamplingOptions]
+    ) -> list[Completion]: ...
 
     def generate(
-        self, prompt: Prompt | Prompts, **options: Unpack[SamplingOptions]
+        self,
+        prompt: Prompt | Prompts,
+        *,
+        adapter: str | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Completion | list[Completion]:
         """Continues a text, a list of token ids, or several of either, which run together.
 
@@ -301,20 +338,22 @@ class LLM:
         end with it.
         """
         if _is_one(prompt):
-            return self._generate([cast(Prompt, prompt)], options)[0]
-        return self._generate(cast(Prompts, prompt), options)
+            return self._generate([cast(Prompt, prompt)], options, adapter)[0]
+        return self._generate(cast(Prompts, prompt), options, adapter)
 
-    def _generate(self, prompts: Prompts, options: Mapping[str, Any]) -> list[Completion]:
-        requests = [self.prompter.completion(prompt, options) for prompt in prompts]
+    def _generate(
+        self, prompts: Prompts, options: Mapping[str, Any], adapter: str | None
+    ) -> list[Completion]:
+        requests = [self.prompter.completion(p, options, adapter=adapter) for p in prompts]
         self.engine.run(requests)
         return [completion_of(request) for request in requests]
 
     def stream_generate(
-        self, prompt: Prompt, **options: Unpack[SamplingOptions]
+        self, prompt: Prompt, *, adapter: str | None = None, **options: Unpack[SamplingOptions]
     ) -> Generator[str, None, Completion]:
         """As `generate` of one prompt, in pieces of text; returns the completion. Bad input is
         refused at the call; closing the iterator ends the generation."""
-        request = self.prompter.completion(prompt, options)
+        request = self.prompter.completion(prompt, options, adapter=adapter)
         self.engine.check(request)
         return self._texts(request)
 
@@ -333,10 +372,10 @@ class LLM:
         finally:
             engine.abort(request)
 
-    def score(self, ids: Sequence[int]) -> F32:
+    def score(self, ids: Sequence[int], *, adapter: str | None = None) -> F32:
         """Log probability of each token given those before it, float32 `[T-1]`; as in `generate`,
         among the tokens that the tokenizer has."""
-        request = Request(ids, None)
+        request = Request(ids, None, adapter=adapter)
         logprobs = np.empty(max(0, request.n_prompt - 1), dtype=np.float32)
 
         def observer(start: int, logits_NV: F32) -> None:
@@ -348,10 +387,10 @@ class LLM:
         self.engine.run([request])
         return logprobs
 
-    def logits(self, ids: Sequence[int]) -> F32:
+    def logits(self, ids: Sequence[int], *, adapter: str | None = None) -> F32:
         """Logits at every position, float32 `[T, V]`, V being the model's `config.vocab_size`.
         Raises MemoryLimitError if they do not fit the memory."""
-        engine, request = self.engine, Request(ids, None)
+        engine, request = self.engine, Request(ids, None, adapter=adapter)
         engine.check(request)
         check_logits(request.n_prompt, self.config.vocab_size, free_memory())
         logits_TV = np.empty((request.n_prompt, self.config.vocab_size), dtype=np.float32)

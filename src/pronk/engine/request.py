@@ -224,8 +224,10 @@ class Request:
         self.observer = observer
         self.constraint = constraint
         self.adapter = adapter
-        self.salt = _root_of_keys(salt, adapter)
-        """What the keys of its blocks begin with."""
+        self.salt = hashlib.blake2b(salt, digest_size=16).digest() if salt else b""
+        """What the keys of its blocks begin with: a hash, since one could choose a salt that
+        continues the keys of another text."""
+        self._own_salt = salt
         self.priority = priority
         self.owner = owner
         self.deadline = deadline
@@ -265,6 +267,11 @@ class Request:
         self._output = array("i")
         self._ends = _end_ids(params, eos_ids)
         self._fixed = {} if params is None else _fixed_sample_params(params, self.seed)
+
+    def keep_apart(self, digest: bytes) -> None:
+        """What it computes is shared with requests of the same `digest` only: that of its adapter's
+        numbers, since another adapter may have the name next."""
+        self.salt = hashlib.blake2b(self._own_salt, key=digest, digest_size=16).digest()
 
     @property
     def known(self) -> int:
@@ -352,14 +359,6 @@ class Request:
         if text.stopped:
             self.finish_reason = "stop"
         return piece
-
-
-def _root_of_keys(salt: bytes, adapter: str | None) -> bytes:
-    """A hash, since whoever chose the salt could choose one that continues the keys of others, or
-    that ends like the name of an adapter."""
-    if not salt and adapter is None:
-        return b""
-    return hashlib.blake2b(repr((salt, adapter)).encode(), digest_size=16).digest()
 
 
 def _as_array(prompt: Sequence[int]) -> "array[int]":

@@ -13,9 +13,11 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pronk.backends.protocol import F32, I32, U8, Batch, KvDtype, Ops, Sampled, SampleParams
+from pronk.backends.protocol import F32, I32, U8, Batch, KvDtype, Sampled, SampleParams
 from pronk.core.config import ModelConfig
+from pronk.engine.adapters import Adapters
 from pronk.engine.blocks import blocks_for
+from pronk.engine.load import LoadOps
 from pronk.engine.request import Observer
 from pronk.engine.scheduler import Outcome, Slice
 from pronk.model.llama import LlamaWeights, forward
@@ -49,7 +51,7 @@ class Runner:
 
     def __init__(
         self,
-        ops: Ops,
+        ops: LoadOps,
         config: ModelConfig,
         weights: LlamaWeights,
         *,
@@ -60,7 +62,7 @@ class Runner:
     ) -> None:
         self.ops = ops
         self.config = config
-        self._weights = weights
+        self.adapters = Adapters(ops, config, weights)
         self._kv = ops.make_kv(config, n_blocks, kv_dtype)
         self._n_tokens = n_tokens
         self._threads = threads
@@ -71,13 +73,14 @@ class Runner:
         it. Observers are called with the logits of their slices on the host."""
         ids_T, batch = pack(slices)
         rows_R, draws_R = wanted_rows(slices, batch.starts_S)
+        names = [s.request.adapter for s in slices]
+        ops, weights = self.adapters.for_step(names, batch.starts_S, rows_R)
         masks = begin_masks(slices, self._n_tokens)  # while the model computes
         with _step_lock:
             self.ops.set_threads(self._threads)
             try:
-                logits_RV = forward(
-                    self.ops, self.config, self._weights, ids_T, batch, self._kv, rows_R
-                )
+                with np.errstate(over="ignore", invalid="ignore"):  # sampling tells whose they are
+                    logits_RV = forward(ops, self.config, weights, ids_T, batch, self._kv, rows_R)
             finally:
                 mask_RV, refusals = end_masks(masks)
             errors = self._observe(slices, logits_RV)

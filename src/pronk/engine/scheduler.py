@@ -374,9 +374,8 @@ class Scheduler:
 
     def _load(self, request: Request, found: list[int]) -> list[int]:
         """Blocks that go on where those `found` in the pool end, from outside; there is room for
-        them, as for all tokens of the request. An adapter is known by its name only, which may
-        stand for other weights by now: nothing from before is right for it."""
-        if self.stored is None or request.observer is not None or request.adapter is not None:
+        them, as for all tokens of the request."""
+        if self.stored is None or request.observer is not None:
             return []
         if request.cached is None:  # and has not found its own blocks again
             self.stored.found(request.keys[: len(found)], found)

@@ -126,7 +126,10 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         )  # fmt: skip
     words = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     shown = f"{first.get('input')!r:.80}"
-    return ApiError(400, f"{param or 'body'}: {words}; got {shown}", param=param or "body")
+    code = "unsupported_parameter" if first["type"] == "unsupported_parameter" else None
+    return ApiError(
+        400, f"{param or 'body'}: {words}; got {shown}", param=param or "body", code=code
+    )
 
 
 def _dotted(parts: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from pronk.server.usage import Usage
 
 if TYPE_CHECKING:
     from pronk.server.batches import Batches
+    from pronk.server.response_background import Responses
 
 Result = TypeVar("Result")
 
@@ -42,6 +43,7 @@ class Service:
     limits: Limits
     files: Files
     batches: "Batches | None" = None
+    responses: "Responses | None" = None
     ready: bool = False
     """Whether the first model is loaded."""
 

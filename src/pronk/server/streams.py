@@ -30,14 +30,14 @@ def failure(error: Exception) -> str:
 
 class EventStream(StreamingResponse):
     """The events of a generation, which is closed however the stream ends: also when the client
-    goes away, and when it had gone before the first event. What fails midway is told by
-    `on_error`, in the words of the API."""
+    goes away, and when it had gone before the first event. (None: of one that goes on without the
+    client.) What fails midway is told by `on_error`, in the words of the API."""
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
-        generation: Generation,
+        generation: Generation | None,
         events: AsyncGenerator[str, None],
         on_error: Callable[[Exception], str] = failure,
         headers: Mapping[str, str] | None = None,
@@ -50,7 +50,8 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._generation.close()
+            if self._generation is not None:
+                self._generation.close()
 
 
 async def _until_end(
