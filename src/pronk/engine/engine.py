@@ -16,7 +16,7 @@ from pronk.engine.adapters import Adapters, not_loaded
 from pronk.engine.blocks import BlockPool
 from pronk.engine.draft import Speculator
 from pronk.engine.request import FinishReason, Request
-from pronk.engine.scheduler import Outcome, Scheduler, Slice
+from pronk.engine.scheduler import Outcome, Scheduler, Slice, Stored
 
 Result = TypeVar("Result")
 
@@ -91,6 +91,7 @@ class Engine:
         token_budget: int = 512,
         prefix_cache: bool = True,
         speculator: Speculator | None = None,
+        stored: Stored | None = None,
         adapters: Adapters | None = None,
     ) -> None:
         """`adapters`: those that `model` computes with; without, requests cannot name any."""
@@ -107,6 +108,7 @@ class Engine:
             max_batch=max_batch,
             token_budget=token_budget,
             drafts=speculator,
+            stored=stored,
         )
 
     @property
@@ -190,6 +192,17 @@ class Engine:
         finally:
             for request in requests:
                 self.abort(request)
+
+    def close(self) -> None:
+        """Hands the blocks that can be found by key to `stored`, where there is one. The engine
+        goes on to work, but nothing of it is stored any more."""
+        stored = self.scheduler.stored
+        if stored is None:
+            return
+        try:
+            self._alone(lambda: stored.keep(self.scheduler.pool.findable()))
+        finally:
+            stored.close()
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from pronk.core.config import ModelConfig
 from pronk.core.errors import UserError
 from pronk.core.progress import Progress, silent
 from pronk.engine.adapters import adapters_bytes
+from pronk.engine.disk_blocks import DiskBlocks, DiskStats, open_disk_blocks
 from pronk.engine.draft import Speculator
 from pronk.engine.engine import Engine, pending
 from pronk.engine.load import (
@@ -83,10 +84,11 @@ class LLM:
     which keeps what has been computed for prompts that begin alike, nor `speculate`, which computes
     several tokens at once where the text repeats what came before. `layout_cache` keeps the packed
     weights on disk, as much again as the model, so that the next start takes a moment (None: if
-    the environment variable PRONK_LAYOUT_CACHE is 1). `adapters` are LoRA adapters, PEFT folders by
-    name: what is asked with `adapter=NAME` is computed with that one. `keep_free` bytes of memory
-    are left to others. Raises UserError, and MemoryLimitError before anything is loaded that does
-    not fit.
+    the environment variable PRONK_LAYOUT_CACHE is 1). With `kv_disk_bytes` what was computed for
+    prompts is kept on disk and found again by later starts, in the cache folder, at most so many
+    bytes for all models. `adapters` are LoRA adapters, PEFT folders by name: what is asked with
+    `adapter=NAME` is computed with that one. `keep_free` bytes of memory are left to others. Raises
+    UserError, and MemoryLimitError before anything is loaded that does not fit.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class LLM:
         prefix_cache: bool = True,
         speculate: bool = True,
         layout_cache: bool | None = None,
+        kv_disk_bytes: int = 0,
         adapters: Mapping[str, str | Path] | None = None,
         keep_free: int = 0,
         roomy: bool = False,
@@ -113,8 +116,14 @@ class LLM:
             _check_whole("threads", threads, 1, 1024)
         if kv_dtype not in KV_DTYPES:
             raise UserError(f"kv_dtype: {kv_dtype!r} is not one of {', '.join(KV_DTYPES)}")
+        _check_whole("kv_disk_bytes", kv_disk_bytes, 0, 1 << 50)
+        if kv_disk_bytes and not prefix_cache:
+            raise UserError(
+                f"kv_disk_bytes: {kv_disk_bytes} is of no use without prefix_cache; leave it 0"
+            )
         ops: Any = select_backend(backend)
         self.backend_name: str = ops.name
+        self._disk: DiskBlocks | None = None
         self._checkpoint = open_checkpoint(locate(model, progress=progress))
         try:
             self.config: ModelConfig = self._checkpoint.config
@@ -135,6 +144,11 @@ class LLM:
             )
             self.threads = use_threads(ops, threads)
             runner = self._runner(ops, n_blocks, kv_dtype, layout_cache, progress)
+            if kv_disk_bytes:
+                self._disk = open_disk_blocks(
+                    self._checkpoint, ops, kv_dtype, runner, kv_disk_bytes,
+                    lambda text: progress(0, 0, text),
+                )  # fmt: skip
             self._engine: Engine | None = Engine(
                 runner,
                 vocab_size=self.tokenizer.vocab_size,
@@ -144,11 +158,14 @@ class LLM:
                 token_budget=token_budget,
                 prefix_cache=prefix_cache,
                 speculator=Speculator() if speculate else None,
+                stored=self._disk,
                 adapters=runner.adapters,
             )
             for name, folder in (adapters or {}).items():
                 self.load_adapter(name, folder, keep_free=keep_free)
         except BaseException:
+            if self._disk is not None:
+                self._disk.close()
             self._checkpoint.close()
             raise
 
@@ -177,6 +194,11 @@ class LLM:
             threads=self.threads,
             kv_dtype=kv_dtype,
         )
+
+    @property
+    def disk_stats(self) -> DiskStats | None:
+        """What has become of blocks on disk; None without `kv_disk_bytes`."""
+        return None if self._disk is None else self._disk.stats
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -398,9 +420,14 @@ class LLM:
         return np.stack([pooler.vector for pooler in poolers])
 
     def close(self) -> None:
-        """Frees the model. Using it afterwards is a UserError."""
-        self._engine = None
-        self._checkpoint.close()
+        """Frees the model, once what `kv_disk_bytes` asks for is written. Using it afterwards is a
+        UserError."""
+        engine, self._engine = self._engine, None
+        try:
+            if engine is not None:
+                engine.close()
+        finally:
+            self._checkpoint.close()
 
     def __enter__(self) -> Self:
         return self

@@ -229,8 +229,9 @@ class Request:
         self.watches = watches
         self.constraint = constraint
         self.adapter = adapter
-        self.salt = salt
-        """What the keys of its blocks begin with."""
+        self.salt = hashlib.blake2b(salt, digest_size=16).digest() if salt else b""
+        """What the keys of its blocks begin with: a hash, since one could choose a salt that
+        continues the keys of another text."""
         self._own_salt = salt
         self.priority = priority
         self.owner = owner

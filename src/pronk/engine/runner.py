@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pronk.backends.protocol import F32, I32, Batch, KvDtype, Ops, Sampled, SampleParams
+from pronk.backends.protocol import F32, I32, U8, Batch, KvDtype, Ops, Sampled, SampleParams
 from pronk.core.config import ModelConfig
 from pronk.engine.adapters import Adapters
 from pronk.engine.blocks import blocks_for
@@ -95,6 +95,19 @@ class Runner:
         outcomes = [right_ones(s, drawn) for s in slices]
         errors = [e or refusals.get(i) for i, e in enumerate(errors)]
         return [e if e is not None else o for e, o in zip(errors, outcomes, strict=True)]
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a block of the KV cache."""
+        return self.ops.block_bytes(self._kv)
+
+    def read_block(self, block: int) -> U8:
+        """A copy of a block of the KV cache. For the thread that steps, as the next one."""
+        return self.ops.read_block(self._kv, block)
+
+    def write_block(self, block: int, data: U8) -> None:
+        """Puts back what `read_block` gave."""
+        self.ops.write_block(self._kv, block, data)
 
     def _logits(
         self, ops: Ops, weights: LlamaWeights, slices: Sequence[Slice], hidden_RD: Any

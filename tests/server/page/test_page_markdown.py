@@ -143,3 +143,39 @@ def test_growing_text_shows_as_the_whole_would(page: Page, text: str) -> None:
 def test_nonsense_takes_no_forever(page: Page, piece: str) -> None:
     text = piece * (20_000 // len(piece))
     assert "failed" not in page.module(RENDER, text)[:10]
+
+
+COLOURED = """
+const { highlight } = await import('/static/highlight.js');
+const spans = highlight(values[1], values[0]).filter((node) => node.className);
+return spans.map((span) => [span.className.slice(2), span.textContent]);
+"""
+
+
+@pytest.mark.parametrize(
+    ("language", "code", "coloured"),
+    [
+        ("python", 'def f():\n    """two\n    lines"""\n    return 0x1F  # so',
+         [["keyword", "def"], ["named", "f"], ["string", '"""two\n    lines"""'],
+          ["keyword", "return"], ["number", "0x1F"], ["comment", "# so"]]),
+        ("py", 's = """open\nto the end', [["string", '"""open\nto the end']]),
+        ("ts", "/* a\nb */ const x = `in\n${y}`; // c",
+         [["comment", "/* a\nb */"], ["keyword", "const"], ["string", "`in\n${y}`"],
+          ["comment", "// c"]]),
+        ("cpp", '#include <x>\nint f("\\"if");',
+         [["comment", "#include"], ["keyword", "int"], ["named", "f"], ["string", '"\\"if"']]),
+        ("bash", "echo $HOME 'a # b' # c",
+         [["keyword", "echo"], ["keyword", "$HOME"], ["string", "'a # b'"], ["comment", "# c"]]),
+        ("json", '{"a": "b", "c": [1.5e3, null]}',
+         [["named", '"a"'], ["string", '"b"'], ["named", '"c"'], ["number", "1.5e3"],
+          ["keyword", "null"]]),
+        ("html", '<!-- a\nb --><p id="x">it\'s</p>',
+         [["comment", "<!-- a\nb -->"], ["keyword", "<p"], ["named", "id"], ["string", '"x"'],
+          ["keyword", ">"], ["keyword", "</p"], ["keyword", ">"]]),
+        ("sql", "select count(*) from t -- all",
+         [["keyword", "select"], ["named", "count"], ["keyword", "from"], ["comment", "-- all"]]),
+        ("constructor", "if 1", []),
+    ],
+)  # fmt: skip
+def test_colours_of_code(page: Page, language: str, code: str, coloured: list[list[str]]) -> None:
+    assert page.module(COLOURED, language, code) == coloured

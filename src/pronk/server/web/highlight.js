@@ -2,12 +2,13 @@
 // One regular expression per language; no pattern can match in two ways, so time stays linear, and
 // what is not closed yet counts up to the end, as code arrives piece by piece.
 
-const C_COMMENT = String.raw`\/\/[^\n]*|\/\*[\s\S]*?(?:\*\/|$)`;
+const END = String.raw`(?![\s\S])`; // of the code: "$" would be that of a line
+const C_COMMENT = String.raw`\/\/[^\n]*|\/\*[\s\S]*?(?:\*\/|${END})`;
 const HASH = String.raw`#[^\n]*`;
 const DOUBLE = String.raw`"(?:\\[\s\S]|[^"\\\n])*"?`;
 const SINGLE = String.raw`'(?:\\[\s\S]|[^'\\\n])*'?`;
 const TICKS = "`(?:\\\\[\\s\\S]|[^`\\\\])*`?";
-const TRIPLE = String.raw`"""[\s\S]*?(?:"""|$)|'''[\s\S]*?(?:'''|$)`;
+const TRIPLE = String.raw`"""[\s\S]*?(?:"""|${END})|'''[\s\S]*?(?:'''|${END})`;
 const NUMBER = String.raw`\b(?:0[xXbBoO][\da-fA-F_]+|\d[\d_]*(?:\.\d+)?(?:[eE][+-]?\d+)?)\w*`;
 const CALLED = String.raw`\b[A-Za-z_]\w*(?=\()`;
 
@@ -38,11 +39,11 @@ const LANGUAGES = {
     esac exit export fi for function if in local read return set source sudo then until while`) +
     String.raw`|\$\w+|\$\{[^}\n]*\}`],
   json: [C_COMMENT, DOUBLE, words("true false null"), `${DOUBLE}(?=\\s*:)`],
-  sql: [String.raw`--[^\n]*|\/\*[\s\S]*?(?:\*\/|$)`, SINGLE, words(`ALTER AND AS ASC BETWEEN BY CASE
+  sql: [String.raw`--[^\n]*|\/\*[\s\S]*?(?:\*\/|${END})`, SINGLE, words(`ALTER AND AS ASC BETWEEN BY CASE
     CREATE CROSS DELETE DESC DISTINCT DROP ELSE END EXISTS FROM FULL GROUP HAVING IN INDEX INNER
     INSERT INTO IS JOIN KEY LEFT LIKE LIMIT NOT NULL OFFSET ON OR ORDER OUTER PRIMARY RIGHT SELECT
     SET TABLE THEN UNION UPDATE VALUES VIEW WHEN WHERE WITH`), CALLED, "i"],
-  html: [String.raw`<!--[\s\S]*?(?:-->|$)`, String.raw`(?<==\s*)(?:"[^"]*"?|'[^']*'?)`,
+  html: [String.raw`<!--[\s\S]*?(?:-->|${END})`, String.raw`(?<==\s*)(?:"[^"]*"?|'[^']*'?)`,
     String.raw`<\/?[\w:!-]+|\/?>`, String.raw`\b[\w:-]+(?==)`],
   css: [C_COMMENT, `${DOUBLE}|${SINGLE}`, String.raw`[@.#][\w-]+`, String.raw`[\w-]+(?=\s*:)`],
   yaml: [HASH, `${DOUBLE}|${SINGLE}`, words("true false null yes no"), String.raw`[\w.-]+(?=:)`],
