@@ -76,13 +76,25 @@ def test_batch_of_chats_answers_as_the_route_does(sdk: openai.OpenAI) -> None:
     assert unknown["status_code"] == 404
 
 
-def test_batch_of_completions(sdk: openai.OpenAI) -> None:
-    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions",
-            "body": {"model": "tiny", "prompt": "hello", "max_tokens": 3}}  # fmt: skip
-    batch = wait_for(sdk, submit(sdk, [line], "/v1/completions"))
+@pytest.mark.parametrize(
+    ("endpoint", "body", "kind", "used"),
+    [
+        ("/v1/completions", {"prompt": "hello", "max_tokens": 3}, "text_completion", 3),
+        ("/v1/embeddings", {"input": ["hello", "you"]}, "list", 0),
+        ("/v1/responses", {"input": "hello", "max_output_tokens": 16, "store": False},
+         "response", None),
+    ],
+)  # fmt: skip
+def test_batches_of_other_endpoints(
+    sdk: openai.OpenAI, endpoint: str, body: Json, kind: str, used: int | None
+) -> None:
+    line = {"custom_id": "a", "method": "POST", "url": endpoint, "body": {"model": "tiny"} | body}
+    batch = wait_for(sdk, submit(sdk, [line], endpoint))
+    assert batch.error_file_id is None, read(sdk, batch.error_file_id)
     (one,) = read(sdk, batch.output_file_id)
-    assert one["response"]["body"]["object"] == "text_completion"
-    assert batch.usage.output_tokens == 3
+    assert one["response"]["body"]["object"] == kind
+    assert batch.usage.input_tokens > 0
+    assert used is None or batch.usage.output_tokens == used
 
 
 def test_cancelled_batch_stops_its_requests(sdk: openai.OpenAI, tiny_server: Live) -> None:
