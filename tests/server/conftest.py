@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from live import Live, live_server
+from openai import OpenAI
 from store_samples import Clock
 
 from engine.tiny_models import write_gguf
@@ -158,3 +159,10 @@ def smollm2_server(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory)
         [smollm2_path], data, options={"ctx": 2048}, aliases={"smollm2": smollm2_path.stem}
     ) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def openai_client(tiny_server: Live) -> Iterator[OpenAI]:
+    """OpenAI's own client of the server with the model "tiny"."""
+    with OpenAI(base_url=f"{tiny_server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client

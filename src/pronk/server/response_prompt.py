@@ -231,7 +231,7 @@ def own_words() -> Iterator[None]:
         yield
     except ContextLengthError as error:
         found = api_error_of(error)
-        found.param = "input"
+        found.param, found.message = "input", found.message.replace("prompt:", "input:", 1)
         raise found from None
     except UserError as error:
         text = str(error)
