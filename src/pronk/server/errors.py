@@ -133,6 +133,9 @@ def validation_error(errors: Sequence[Mapping[str, Any]], body: Any = None) -> A
     if first["type"] == "union_tag_invalid":
         tag, known = first["ctx"]["tag"], first["ctx"]["expected_tags"]
         return ApiError(400, f"{param}: {tag!r:.80} is not one of {known}", param=param)
+    if isinstance(first.get("input"), bytes):
+        words = "body: is not told to be JSON; send the header Content-Type: application/json"
+        return ApiError(400, words, param="body")
     words = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     shown = f"{first.get('input')!r:.80}"
     code = "unsupported_parameter" if first["type"] == "unsupported_parameter" else None
@@ -168,15 +171,23 @@ _SOURCES = (("body",), ("query",), ("path",), ("header",), ("cookie",))
 
 
 def _place_in_body(loc: Sequence[str | int], kind: str, body: Any) -> tuple[str | int, ...]:
-    place: list[str | int] = []
-    for i, part in enumerate(loc):
-        try:
-            body = body[part]
-        except (LookupError, TypeError):
-            if kind not in _MISSING or i + 1 < len(loc):
-                continue
-        place.append(part)
-    return tuple(place)
+    """The parts of a location that are really in the body, as many as can be; the last one of what
+    is missing, or ought not to be there, is a name for certain."""
+    if not loc:
+        return ()
+    part, rest = loc[0], loc[1:]
+    if not rest and kind in _MISSING:
+        return (part,)
+    try:
+        inside: tuple[str | int, ...] = (part, *_place_in_body(rest, kind, body[part]))
+    except (LookupError, TypeError):
+        inside = ()
+    if isinstance(part, int) or (not rest and inside):
+        return inside
+    if kind == "extra_forbidden" and inside[-1:] == tuple(loc[-1:]):
+        return inside
+    skipped = _place_in_body(rest, kind, body)
+    return skipped if kind == "extra_forbidden" or len(skipped) > len(inside) else inside
 
 
 def _dotted(parts: Sequence[str | int]) -> str:
