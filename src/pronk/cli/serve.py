@@ -190,6 +190,7 @@ def serve(
         "backend": load.backend,
         "kv_dtype": load.kv_dtype,
         "layout_cache": load.layout_cache,
+        "kv_disk_bytes": int(kv_disk * 1e9),
     }
     sources = list(models) or _all_models()
     for source in models:

@@ -187,7 +187,10 @@ class Models:
                     if not await self._make_room():
                         raise self._no_room(error) from error
             loaded = Loaded(llm, Worker(llm.engine, entry.name), _fingerprint(entry, llm))
-            self._metrics.watch(entry.name, llm.engine.stats, adapters=lambda: len(entry.adapters))
+            self._metrics.watch(
+                entry.name, llm.engine.stats, disk=lambda: llm.disk_stats,
+                adapters=lambda: len(entry.adapters),
+            )  # fmt: skip
             seconds = round(time.monotonic() - started, 2)
             fields = {"model": entry.name, "seconds": seconds, "context": llm.context}
             log.info("loaded", extra={"fields": fields})
