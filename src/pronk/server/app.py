@@ -198,6 +198,8 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # of a body that is no text
+            return answer(request, ApiError(400, "body: cannot be read as JSON", param="body"))
         words = {404: f"no such route: {request.method} {request.url.path}",
                  405: f"{request.method} is not a method of {request.url.path}"}  # fmt: skip
         message = words.get(error.status_code, str(error.detail))
