@@ -153,7 +153,7 @@ def test_engines_are_read_when_asked_and_their_counts_never_fall() -> None:
     assert_counted(1)
     assert value(metrics, "pronk_models_loaded") == 0
     assert read("vllm:num_requests_running") is None
-    metrics.watch("m", lambda: now, disk=lambda: disk)  # loaded again: it counts from zero
+    metrics.watch("m", lambda: now, disk=lambda: DISK)  # loaded again: it counts from zero
     assert_counted(2)
     metrics.unwatch("m")
     assert_counted(2)
