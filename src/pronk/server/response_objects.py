@@ -252,7 +252,7 @@ def response_object(
     }
 
 
-def _shown_tool(tool: t.FunctionTool) -> Json:
+def _shown_tool(tool: t.ResponseTool) -> Json:
     shown = ("type", "name", "description", "parameters", "strict")
     return {name: getattr(tool, name) for name in shown}
 
@@ -267,7 +267,7 @@ def _shown_format(form: t.Format | None) -> Json:
     if form is None:
         return {"type": "text"}
     shown = form.model_dump(by_alias=True)
-    if isinstance(form, t.JsonSchemaFormat):
+    if isinstance(form, t.TextJsonSchema):
         shown["strict"] = True  # whatever was asked for: the schema is enforced
     return shown
 

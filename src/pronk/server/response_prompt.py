@@ -191,7 +191,7 @@ def chat_of(body: t.PromptBody, items: Sequence[Json]) -> Chat:
     )
 
 
-def _tool_dict(tool: t.FunctionTool) -> Json:
+def _tool_dict(tool: t.ResponseTool) -> Json:
     function = tool.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
     return {"type": "function", "function": function}
 
@@ -199,9 +199,9 @@ def _tool_dict(tool: t.FunctionTool) -> Json:
 def _tool_choice(choice: t.ToolChoice | None) -> tuple[str, set[str] | None]:
     """ "auto", "none", "required" or a name; and the names of the tools that are allowed, if not
     all of them."""
-    if isinstance(choice, t.NamedToolChoice):
+    if isinstance(choice, t.FunctionChoice):
         return choice.name, None
-    if isinstance(choice, t.AllowedToolsChoice):
+    if isinstance(choice, t.AllowedChoice):
         return choice.mode, {tool.name for tool in choice.tools}
     return choice or "auto", None
 
@@ -211,7 +211,7 @@ def _shape_of(text: t.TextConfig | None) -> AnswerShape | None:
     if form is None:
         return None
     given = form.model_dump(by_alias=True, exclude_none=True)
-    if isinstance(form, t.JsonSchemaFormat):
+    if isinstance(form, t.TextJsonSchema):
         given = {"type": given.pop("type"), "json_schema": given}
     return answer_shape(given)
 

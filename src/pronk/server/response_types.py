@@ -178,7 +178,7 @@ Input = Annotated[
 # Tools.
 
 
-class FunctionTool(Body):
+class ResponseTool(Body):
     type: Literal["function"]
     name: str
     description: str | None = None
@@ -202,25 +202,25 @@ def _only_functions(value: Any) -> Any:
     return value
 
 
-Tool = Annotated[FunctionTool, BeforeValidator(_only_functions)]
+Tool = Annotated[ResponseTool, BeforeValidator(_only_functions)]
 
 
-class NamedToolChoice(Body):
+class FunctionChoice(Body):
     type: Literal["function"]
     name: str
 
 
-class AllowedToolsChoice(Body):
+class AllowedChoice(Body):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[NamedToolChoice]
+    tools: list[FunctionChoice]
 
 
-_CHOICES = {"function": "NamedToolChoice", "allowed_tools": "AllowedToolsChoice"}
+_CHOICES = {"function": "FunctionChoice", "allowed_tools": "AllowedChoice"}
 
 _ObjectChoice = Annotated[
-    Annotated[NamedToolChoice, Tag("NamedToolChoice")]
-    | Annotated[AllowedToolsChoice, Tag("AllowedToolsChoice")],
+    Annotated[FunctionChoice, Tag("FunctionChoice")]
+    | Annotated[AllowedChoice, Tag("AllowedChoice")],
     *_kinds(_CHOICES, "choice that this server supports"),
 ]
 
@@ -233,7 +233,7 @@ ToolChoice = Annotated[
 # Formats.
 
 
-class JsonSchemaFormat(Body):
+class TextJsonSchema(Body):
     type: Literal["json_schema"]
     name: str = Field(max_length=64)
     schema_: dict[str, Any] | bool = Field(alias="schema")
@@ -244,7 +244,7 @@ class JsonSchemaFormat(Body):
 Format = Annotated[
     t.TextResponseFormat
     | t.JsonObjectResponseFormat
-    | JsonSchemaFormat
+    | TextJsonSchema
     | t.RegexResponseFormat
     | t.ChoiceResponseFormat
     | t.GrammarResponseFormat,
@@ -270,7 +270,7 @@ class ConversationRef(Body):
     id: str
 
 
-class StreamOptions(Body):
+class ResponseStreamOptions(Body):
     include_obfuscation: bool | None = Accepted("Nothing is added to obscure lengths.")
 
 
@@ -321,7 +321,7 @@ class InputTokensRequest(PromptBody):
 class ResponseRequest(PromptBody, t.SamplingBody):
     """POST /v1/responses"""
 
-    stream_options: StreamOptions | None = None  # type: ignore[assignment]
+    stream_options: ResponseStreamOptions | None = None  # type: ignore[assignment]
     n: Literal[1] | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
