@@ -77,7 +77,8 @@ async def running(request: Request, who: Inference) -> t.OllamaRunningModels:
     service = _service(request)
     found = []
     for name, entry in _visible(service.models, who):
-        if entry.loaded is None or name in entry.adapters:
+        loaded, facts = entry.loaded, _loaded_facts(entry)  # it may go while the disk is read
+        if loaded is None or name in entry.adapters:
             continue
         size, _ = await asyncio.to_thread(_on_disk, entry)
         found.append(
@@ -87,9 +88,9 @@ async def running(request: Request, who: Inference) -> t.OllamaRunningModels:
                 size=size,
                 size_vram=0,
                 digest=_digest(name, size),
-                details=_details(entry, name, _loaded_facts(entry)),
+                details=_details(entry, name, facts),
                 expires_at=_expiry(entry, service.settings.idle_unload),
-                context_length=entry.loaded.llm.context,
+                context_length=loaded.llm.context,
             )
         )
     return t.OllamaRunningModels(models=found)
