@@ -1,5 +1,7 @@
 """Server-sent events."""
 
+import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
@@ -47,9 +49,19 @@ class EventStream(StreamingResponse):
         self._generation = generation
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Watches for the client to go by itself: Starlette leaves that to `send` with some
+        servers, and a request that waits in the queue sends nothing."""
+        sent = asyncio.ensure_future(self.stream_response(send))
+        gone = asyncio.ensure_future(self.listen_for_disconnect(receive))
         try:
-            await super().__call__(scope, receive, send)
+            await asyncio.wait({sent, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if sent.done():
+                with contextlib.suppress(OSError):  # the client has gone
+                    sent.result()
         finally:
+            for task in (sent, gone):
+                task.cancel()
+            await asyncio.gather(sent, gone, return_exceptions=True)
             if self._generation is not None:
                 self._generation.close()
 
