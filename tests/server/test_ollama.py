@@ -386,6 +386,39 @@ def test_a_client_that_goes_away_ends_the_answer(tiny_server: Live) -> None:
     tiny_server.until(lambda: tiny_server.service.limits.in_flight == 0)
 
 
+# Vectors.
+
+
+def test_vectors(tiny_server: Live, tiny: ollama.Client) -> None:
+    found = tiny.embed("tiny:latest", ["hello", "hello world"])
+    assert found.model == "tiny:latest"
+    assert len(found.embeddings) == 2
+    assert all(sum(x * x for x in one) == pytest.approx(1, abs=1e-4) for one in found.embeddings)
+    assert (found.prompt_eval_count, found.total_duration or 0) >= (4, 1)
+    openai = post(tiny_server, "/v1/embeddings", {"model": "tiny", "input": "hello world"}).json()
+    assert found.embeddings[1] == pytest.approx(openai["data"][0]["embedding"], abs=1e-5)
+    one = tiny.embed("tiny", "hello", dimensions=len(found.embeddings[0]), keep_alive="5m")
+    assert one.embeddings[0] == pytest.approx(found.embeddings[0], abs=1e-5)
+    old = tiny.embeddings("tiny", "hello")
+    assert old.embedding == pytest.approx(found.embeddings[0], abs=1e-5)
+    assert tiny.embed("tiny", []).embeddings == []
+    assert list(tiny.embeddings("tiny").embedding) == []
+
+
+def test_vectors_of_texts_that_do_not_fit(tiny: ollama.Client) -> None:
+    for options in ({"num_ctx": 100}, {}):
+        text = "a " * 2000
+        with pytest.raises(ollama.ResponseError, match="do not fit the context") as error:
+            tiny.embed("tiny", [text], options=options, truncate=False)
+        assert error.value.status_code == 400
+        cut = tiny.embed("tiny", [text], options=options, truncate=True)
+        assert cut.prompt_eval_count == options.get("num_ctx", 2048)
+    with pytest.raises(ollama.ResponseError, match="dimensions"):
+        tiny.embed("tiny", "x", dimensions=7)
+    with pytest.raises(ollama.ResponseError, match="4096 tokens are more"):
+        tiny.embed("tiny", "x", options={"num_ctx": 4096})
+
+
 # Models.
 
 

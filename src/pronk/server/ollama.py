@@ -77,7 +77,7 @@ class Job:
 async def _answer(
     call: Call, body: t.OllamaChatRequest | t.OllamaGenerateRequest, asked: bool
 ) -> Response:
-    _check_keep_alive(call, body)
+    check_keep_alive(call, body)
     if not asked:
         return JSONResponse(await _load(call, body))
     job = await begin(call, body)
@@ -98,7 +98,7 @@ async def begin(call: Call, body: t.OllamaChatRequest | t.OllamaGenerateRequest)
         lease.release()
         raise
     generation = Generation(call, lease, [request])
-    _keep_alive(call, body)
+    set_keep_alive(call, body)
     return Job(body, generation, started, loaded)
 
 
@@ -110,7 +110,7 @@ def _may_unload(call: Call) -> bool:
     return call.caller.admin or call.service.keys is None
 
 
-def _check_keep_alive(call: Call, body: t.OllamaBody) -> None:
+def check_keep_alive(call: Call, body: t.OllamaBody | t.OllamaEmbedBody) -> None:
     if body.keep_alive == 0 and not _may_unload(call):
         raise ApiError(
             403, "keep_alive: 0 unloads the model, which needs a key with the scope 'admin'",
@@ -118,7 +118,7 @@ def _check_keep_alive(call: Call, body: t.OllamaBody) -> None:
         )  # fmt: skip
 
 
-def _keep_alive(call: Call, body: t.OllamaBody) -> None:
+def set_keep_alive(call: Call, body: t.OllamaBody | t.OllamaEmbedBody) -> None:
     """Once nobody has used it for so long, the model is unloaded. For those who may not unload it,
     it stays as long as the server's settings say."""
     if body.keep_alive is not None and _may_unload(call):
@@ -140,8 +140,8 @@ async def _load(call: Call, body: t.OllamaChatRequest | t.OllamaGenerateRequest)
             await models.unload(body.model)
     else:
         (await call.model(body.model)).release()
-        _keep_alive(call, body)
-    spent = _nanoseconds(time.perf_counter() - started)
+        set_keep_alive(call, body)
+    spent = nanoseconds(time.perf_counter() - started)
     times = {"done_reason": reason, "total_duration": spent, "load_duration": spent}
     return _shown(body, _part(body, "", []), done=True, **times)
 
@@ -187,16 +187,16 @@ def _times(job: Job) -> dict[str, Any]:
     began = request.started_at if request.started_at is not None else request.added_at
     return {
         "done_reason": "length" if job.answer.finish_reason == "length" else "stop",
-        "total_duration": _nanoseconds(time.perf_counter() - job.started),
-        "load_duration": _nanoseconds(job.loaded - job.started),
+        "total_duration": nanoseconds(time.perf_counter() - job.started),
+        "load_duration": nanoseconds(job.loaded - job.started),
         "prompt_eval_count": request.n_prompt,
-        "prompt_eval_duration": _nanoseconds(request.first_token_at - began),
+        "prompt_eval_duration": nanoseconds(request.first_token_at - began),
         "eval_count": request.n_output,
-        "eval_duration": _nanoseconds(request.last_token_at - request.first_token_at),
+        "eval_duration": nanoseconds(request.last_token_at - request.first_token_at),
     }
 
 
-def _nanoseconds(seconds: float) -> int:
+def nanoseconds(seconds: float) -> int:
     """At least 1: clients divide by durations."""
     return max(1, round(seconds * 1e9))
 

@@ -82,18 +82,25 @@ def request_of(
     return request
 
 
-def _limit(request: engine_request.Request, lease: Lease, options: t.OllamaOptions | None) -> None:
-    """Holds a request to its `num_ctx`."""
-    n_context = options.num_ctx if options else None
-    if n_context is None:
-        return
-    if n_context > lease.llm.context:
+def context_of(lease: Lease, options: t.OllamaOptions | None) -> int:
+    """Most tokens of a request: `num_ctx`, or what the model is served with."""
+    served = lease.llm.context
+    wanted = options.num_ctx if options else None
+    if wanted is not None and wanted > served:
         raise ApiError(
             400,
-            f"options.num_ctx: {n_context} tokens are more than the {lease.llm.context} that"
-            f" {lease.model} is served with; ask for fewer or start the server with a larger --ctx",
+            f"options.num_ctx: {wanted} tokens are more than the {served} that {lease.model} is"
+            " served with; ask for fewer or start the server with a larger --ctx",
             param="options.num_ctx",
         )
+    return served if wanted is None else wanted
+
+
+def _limit(request: engine_request.Request, lease: Lease, options: t.OllamaOptions | None) -> None:
+    """Holds a request to its `num_ctx`."""
+    n_context = context_of(lease, options)
+    if n_context == lease.llm.context:
+        return  # the engine sees to it
     room = n_context - request.n_prompt
     if room < 1:
         raise ContextLengthError(request.n_prompt, n_context)

@@ -190,6 +190,28 @@ class OllamaGenerateRequest(OllamaBody):
     steps: Unsupported = None
 
 
+class OllamaEmbedBody(Body):
+    model: str = Field(min_length=1)
+    options: OllamaOptions | None = None
+    keep_alive: KeepAlive = None
+
+
+class OllamaEmbedRequest(OllamaEmbedBody):
+    """POST /api/embed"""
+
+    input: str | list[str]
+    truncate: bool | None = Field(
+        default=None, description="True: the ends of texts that do not fit are left out."
+    )
+    dimensions: int | None = Field(default=None, ge=1, description="Only the model's own number.")
+
+
+class OllamaEmbeddingsRequest(OllamaEmbedBody):
+    """POST /api/embeddings, the older route for one text"""
+
+    prompt: str | None = None
+
+
 class OllamaShowRequest(Body):
     model: str | None = None
     name: str | None = Field(default=None, description="The older name of `model`.")
@@ -259,6 +281,18 @@ class OllamaGenerateAnswer(OllamaTimes):
     response: str
     done: bool
     logprobs: list[OllamaLogprob] | None = None
+
+
+class OllamaEmbedAnswer(Answer):
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int
+    load_duration: int
+    prompt_eval_count: int
+
+
+class OllamaEmbeddingsAnswer(Answer):
+    embedding: list[float]
 
 
 class OllamaDetails(Answer):
