@@ -27,6 +27,7 @@ from pronk.server import (
     metrics,
     model_routes,
     ollama,
+    ollama_embed,
     ollama_models,
     page,
     responses,
@@ -52,7 +53,7 @@ log = logging.getLogger(__name__)
 
 _ROUTERS = (
     chat, stored_chats, completions, responses, conversations, embeddings, tokenize, anthropic,
-    ollama, ollama_models, model_routes, files, batches, usage, metrics, page,
+    ollama, ollama_embed, ollama_models, model_routes, files, batches, usage, metrics, page,
 )  # fmt: skip
 _IDLE_CHECK_SECONDS = 1.0
 
