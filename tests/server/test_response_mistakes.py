@@ -1,5 +1,6 @@
 """Requests to /v1/responses that are refused, and those that fail."""
 
+import json
 from typing import Any
 
 import httpx
@@ -62,6 +63,19 @@ def test_mistakes_are_named(
     error = refused(server_url, **body)
     assert (error["param"], error["code"]) == (param, code), error
     assert param in error["message"]
+
+
+@pytest.mark.parametrize("where", ["input", "instructions", "user", "prompt_cache_key"])
+def test_half_of_a_surrogate_pair_is_refused(server_url: str, where: str) -> None:
+    body = {"model": "tiny", **HI, where: "a\ud800"}
+    for path in ("/v1/responses", "/v1/conversations"):
+        answer = httpx.post(
+            server_url + path,
+            content=json.dumps(body),
+            headers={"Content-Type": "application/json"},
+        )
+        assert answer.status_code == 400
+        assert "surrogate" in answer.json()["error"]["message"]
 
 
 def test_the_client_raises_what_is_wrong(openai_client: OpenAI) -> None:

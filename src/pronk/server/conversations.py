@@ -10,7 +10,13 @@ from pronk.server import response_types as t
 from pronk.server.auth import Caller, caller
 from pronk.server.errors import ApiError, not_found
 from pronk.server.paging import cursor_of, list_body
-from pronk.server.response_items import conversation_item_id, shown, stored_items
+from pronk.server.response_items import (
+    ItemQuery,
+    ItemsQuery,
+    conversation_item_id,
+    shown,
+    stored_items,
+)
 from pronk.server.response_prompt import item_of_response
 from pronk.server.schema import new_id, now
 from pronk.server.store import Store, StoredConversation
@@ -18,7 +24,7 @@ from pronk.server.store import Store, StoredConversation
 router = APIRouter(prefix="/v1/conversations", tags=["conversations"])
 
 Inference = Annotated[Caller, Depends(caller("inference", limited=False))]
-ItemQuery = Annotated[t.ItemQuery, Query()]
+OneQuery = Annotated[ItemQuery, Query()]
 
 
 @router.post("", response_model=o.ConversationObject, summary="Begin a conversation")
@@ -61,7 +67,7 @@ async def delete_conversation(request: Request, who: Inference, id: str) -> dict
 
 @router.post("/{id}/items", response_model=o.ItemList, summary="Add items")
 async def create_items(
-    request: Request, who: Inference, id: str, body: t.ItemsRequest, query: ItemQuery
+    request: Request, who: Inference, id: str, body: t.ItemsRequest, query: OneQuery
 ) -> dict[str, Any]:
     """Appends items to a conversation, all or none of them."""
     store: Store = request.app.state.service.store
@@ -80,7 +86,7 @@ async def create_items(
 
 @router.get("/{id}/items", response_model=o.ItemList, summary="List the items")
 async def list_items(
-    request: Request, who: Inference, id: str, query: Annotated[t.ItemsQuery, Query()]
+    request: Request, who: Inference, id: str, query: Annotated[ItemsQuery, Query()]
 ) -> dict[str, Any]:
     """The items of a conversation, the last first unless told otherwise."""
     store: Store = request.app.state.service.store
@@ -92,7 +98,7 @@ async def list_items(
 
 @router.get("/{id}/items/{item_id}", response_model=o.ItemObject, summary="Get an item")
 async def get_item(
-    request: Request, who: Inference, id: str, item_id: str, query: ItemQuery
+    request: Request, who: Inference, id: str, item_id: str, query: OneQuery
 ) -> dict[str, Any]:
     store: Store = request.app.state.service.store
     item = await asyncio.to_thread(store.conversations.get_item, who.id, id, item_id)

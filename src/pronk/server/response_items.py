@@ -11,9 +11,12 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from pronk.core.errors import UserError
 from pronk.server import response_types as t
 from pronk.server.errors import ApiError
+from pronk.server.paging import OrderedQuery
 from pronk.server.schema import new_id
 from pronk.server.storage.pages import is_id
 
@@ -122,6 +125,23 @@ def output_text(text: str, logprobs: Sequence[Json] = ()) -> Json:
 def conversation_item_id(kind: str, number: int) -> str:
     """An id for an item that came on its own, not with a response."""
     return new_id(_PREFIXES[kind] + "_")
+
+
+class ItemQuery(BaseModel):
+    """Parameters of one item, or one response. Some clients send lists as `include[]`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include: list[t.Includable] = Field([], description="What is shown beside the rest.")
+    include_too: list[t.Includable] = Field([], alias="include[]", description="The same.")
+
+    @property
+    def included(self) -> list[t.Includable]:
+        return self.include + self.include_too
+
+
+class ItemsQuery(ItemQuery, OrderedQuery):
+    """Parameters of a list of items."""
 
 
 def shown(item: Json, include: Collection[str] | None) -> Json:

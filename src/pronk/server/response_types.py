@@ -5,13 +5,20 @@ Members of unions are told apart by one field, so that what is wrong is named wh
 once for each of the members.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
+from pronk.core.files import is_unicode
 from pronk.server import openai_types as t
-from pronk.server.paging import OrderedQuery
 from pronk.server.schema import Accepted, Body, Metadata, Unsupported
 
 # Items.
@@ -289,7 +296,22 @@ Includable = Literal[
 """All but the first are of items that there are none of here."""
 
 
-class PromptBody(Body):
+class KeptBody(Body):
+    """A body of which clients get much back, later, too."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_text(cls, value: Any) -> Any:
+        try:
+            text = json.dumps(value, ensure_ascii=False, default=str)
+        except RecursionError:
+            raise ValueError("is nested too deeply") from None
+        if not is_unicode(text):
+            raise ValueError("has half of a surrogate pair, which no answer could hold")
+        return value
+
+
+class PromptBody(KeptBody):
     """What a prompt is made of."""
 
     input: Input | None = None
@@ -351,40 +373,20 @@ class ResponseRequest(PromptBody, t.SamplingBody):
         return LOGPROBS in (self.include or ())
 
 
-class ConversationRequest(Body):
+class ConversationRequest(KeptBody):
     """POST /v1/conversations"""
 
     items: list[Item] | None = Field(default=None, max_length=20)
     metadata: Metadata | None = None
 
 
-class ConversationUpdate(Body):
+class ConversationUpdate(KeptBody):
     """POST /v1/conversations/{id}"""
 
     metadata: Metadata | None
 
 
-class ItemsRequest(Body):
+class ItemsRequest(KeptBody):
     """POST /v1/conversations/{id}/items"""
 
     items: Annotated[list[Item], Field(min_length=1, max_length=20)]
-
-
-# Queries.
-
-
-class ItemQuery(BaseModel):
-    """Parameters of one item, or one response. Some clients send lists as `include[]`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    include: list[Includable] = Field([], description="What is shown beside the rest.")
-    include_too: list[Includable] = Field([], alias="include[]", description="The same.")
-
-    @property
-    def included(self) -> list[Includable]:
-        return self.include + self.include_too
-
-
-class ItemsQuery(ItemQuery, OrderedQuery):
-    """Parameters of a list of items."""

@@ -15,7 +15,7 @@ from pronk.server.errors import ApiError, not_found
 from pronk.server.paging import cursor_of, list_body
 from pronk.server.response_background import Responses
 from pronk.server.response_events import error_event
-from pronk.server.response_items import shown
+from pronk.server.response_items import ItemQuery, ItemsQuery, shown
 from pronk.server.response_prompt import check, context_of, count_tokens
 from pronk.server.response_run import Job, begin, events, whole
 from pronk.server.schema import new_id
@@ -33,7 +33,7 @@ _EVENTS: dict[int | str, dict[str, Any]] = {
 }
 
 
-class ResponseQuery(t.ItemQuery):
+class ResponseQuery(ItemQuery):
     stream: bool = Field(False, description="The events of the response, also those to come.")
     starting_after: int | None = Field(None, ge=0, description="Number of the last event seen.")
     include_obfuscation: bool | None = Field(None, description="Nothing obscures lengths.")
@@ -115,7 +115,7 @@ async def cancel_response(request: Request, who: Unlimited, id: str) -> Response
 
 @router.get("/{id}/input_items", response_model=o.ItemList, summary="What a response answers")
 async def list_input_items(
-    request: Request, who: Inference, id: str, query: Annotated[t.ItemsQuery, Query()]
+    request: Request, who: Inference, id: str, query: Annotated[ItemsQuery, Query()]
 ) -> dict[str, Any]:
     """The items of the request's input, the last first unless told otherwise."""
     rows = request.app.state.service.store.responses
