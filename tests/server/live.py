@@ -1,5 +1,7 @@
 """The whole server on a free port of loopback, in a thread of the tests' process."""
 
+import http.client
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +39,22 @@ class Live:
         """Requests that are in the engines."""
         loaded = [entry.loaded for entry in self.service.models if entry.loaded]
         return sum(len(one.llm.engine.scheduler.running) for one in loaded)
+
+    def aborted(self) -> float:
+        """Answers of the first model that were ended because nobody waited for them any more."""
+        labels = {"model_name": self.service.models.default.name, "finished_reason": "abort"}
+        value = self.service.metrics.registry.get_sample_value("vllm:request_success_total", labels)
+        return value or 0.0
+
+    def leave(self, path: str, body: Any) -> None:
+        """Asks and goes away as soon as the answer is being computed, without a word of it."""
+        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=PATIENCE)
+        try:
+            kind = {"Content-Type": "application/json"}
+            connection.request("POST", path, json.dumps(body), kind)
+            self.until(lambda: self.busy > 0)
+        finally:
+            connection.close()
 
 
 @contextmanager

@@ -382,13 +382,20 @@ def test_keys(tmp_path: Path) -> None:
                     one.messages.count_tokens(model="tiny", messages=HI)
 
 
-def test_a_client_that_goes_away_ends_the_answer(tiny_server: Live) -> None:
-    with client(tiny_server) as one:
-        settings: Any = {"model": "tiny", "messages": HI, "max_tokens": 450}
-        with one.messages.create(stream=True, **settings) as events:
-            next(events)
-        tiny_server.until(lambda: tiny_server.busy == 0)
-    assert tiny_server.service.limits.in_flight == 0
+def test_a_client_that_goes_away_ends_the_answer(
+    smollm2_server: Live, smollm2: anthropic.Anthropic
+) -> None:
+    before = smollm2_server.aborted()
+    body: Any = {"model": "smollm2", "messages": [user("Write a novel.")], "max_tokens": 1900}
+    with smollm2.messages.create(stream=True, **body) as events:
+        next(events)
+    smollm2_server.until(lambda: smollm2_server.aborted() == before + 1)
+    smollm2_server.leave("/v1/messages", body)
+    smollm2_server.until(lambda: smollm2_server.aborted() == before + 2)
+    smollm2_server.leave("/v1/messages", {**body, "stream": True})
+    smollm2_server.until(lambda: smollm2_server.aborted() == before + 3)
+    smollm2_server.until(lambda: smollm2_server.busy == 0)
+    assert smollm2_server.service.models.default.users == 0
 
 
 # Pieces of it.

@@ -377,13 +377,21 @@ def test_bodies_as_curl_sends_them(tiny_server: Live) -> None:
     assert "not JSON" in httpx.post(url, content="{").json()["error"]
 
 
-def test_a_client_that_goes_away_ends_the_answer(tiny_server: Live) -> None:
-    with ollama.Client(host=tiny_server.url) as one:
-        parts = one.chat("tiny", HI, stream=True, options={"num_predict": 1900})
-        next(iter(parts))
-        parts.close()  # type: ignore[attr-defined]
-        tiny_server.until(lambda: tiny_server.busy == 0)
-    tiny_server.until(lambda: tiny_server.service.limits.in_flight == 0)
+def test_a_client_that_goes_away_ends_the_answer(
+    smollm2_server: Live, smollm2: ollama.Client
+) -> None:
+    before = smollm2_server.aborted()
+    novel = [{"role": "user", "content": "Write a novel."}]
+    parts: Any = smollm2.chat("smollm2", novel, stream=True)
+    next(parts)
+    parts.close()
+    smollm2_server.until(lambda: smollm2_server.aborted() == before + 1)
+    for stream in (True, False):
+        body = {"model": "smollm2", "messages": novel, "stream": stream}
+        smollm2_server.leave("/api/chat", body)
+        smollm2_server.until(lambda: smollm2_server.busy == 0)
+    smollm2_server.until(lambda: smollm2_server.aborted() == before + 3)
+    assert smollm2_server.service.models.default.users == 0
 
 
 # Vectors.

@@ -119,7 +119,7 @@ def _assistant(message: t.InputAssistantMessage, where: str, called: dict[str, s
     text, calls = "", []
     for j, block in enumerate(message.content):
         at = f"{where}[{j}]"
-        if isinstance(block, t.InputText):
+        if isinstance(block, t.InputTextBlock):
             text += check_text(block.text, f"{at}.text")
             continue
         check_json(block.input, f"{at}.input")
@@ -139,7 +139,7 @@ def _result(block: t.InputToolResult, where: str, called: Mapping[str, str]) -> 
     return Message("tool", text, tool_call_id=block.tool_use_id, name=name)
 
 
-def _joined(blocks: Sequence[t.InputText], where: str) -> str:
+def _joined(blocks: Sequence[t.InputTextBlock], where: str) -> str:
     return "".join(check_text(block.text, f"{where}[{i}].text") for i, block in enumerate(blocks))
 
 

@@ -22,7 +22,7 @@ class DirectCaller(Body):
     type: Literal["direct"]
 
 
-class InputText(Body):
+class InputTextBlock(Body):
     type: Literal["text"]
     text: str
     cache_control: CacheControl | None = None
@@ -47,7 +47,8 @@ def _blocks(value: Any) -> Any:
 
 
 Texts = Annotated[
-    list[InputText], BeforeValidator(_blocks, json_schema_input_type=str | list[InputText])
+    list[InputTextBlock],
+    BeforeValidator(_blocks, json_schema_input_type=str | list[InputTextBlock]),
 ]
 
 
@@ -62,8 +63,8 @@ class InputToolResult(Body):
     toolset_name: Unsupported = None
 
 
-_UserBlock = Annotated[InputText | InputToolResult, Field(discriminator="type")]
-_AssistantBlock = Annotated[InputText | InputToolUse, Field(discriminator="type")]
+_UserBlock = Annotated[InputTextBlock | InputToolResult, Field(discriminator="type")]
+_AssistantBlock = Annotated[InputTextBlock | InputToolUse, Field(discriminator="type")]
 
 
 class InputUserMessage(Body):
