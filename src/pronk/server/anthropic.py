@@ -24,7 +24,7 @@ from pronk.server.generation import Answer, Generation, Update
 from pronk.server.logs import request_id
 from pronk.server.models import Lease
 from pronk.server.schema import new_id
-from pronk.server.service import Call
+from pronk.server.service import Call, called
 from pronk.server.streams import EventStream, event
 from pronk.text.events import (
     Event,
@@ -119,10 +119,11 @@ def _request(
         "max_tokens": body.max_tokens,
         "seed": seed_of(body.seed, 0),
     }
-    return lease.llm.prompter.chat(
-        chat, options, adapter=lease.adapter, priority=call.priority, owner=call.caller.id,
-        deadline=call.deadline(None),
-    )  # fmt: skip
+    with called("response_format", "output_config.format.schema"):
+        return lease.llm.prompter.chat(
+            chat, options, adapter=lease.adapter, priority=call.priority, owner=call.caller.id,
+            deadline=call.deadline(None),
+        )  # fmt: skip
 
 
 # The answer as a whole.

@@ -155,6 +155,7 @@ def split_prefill(messages: list[Message]) -> tuple[list[Message], str]:
     if last.role != "assistant":
         return messages, ""
     refuse(bool(last.tool_calls), "messages", "the last one has tool_use blocks without results")
+    refuse(len(messages) == 1, "messages", "there is none before the one that begins the answer")
     refuse(
         last.content != last.content.rstrip(), "messages",
         "the last one begins the answer, so it cannot end in white space",

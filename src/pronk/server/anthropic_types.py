@@ -70,7 +70,9 @@ _AssistantBlock = Annotated[InputTextBlock | InputToolUse, Field(discriminator="
 class InputUserMessage(Body):
     role: Literal["user"]
     content: Annotated[
-        list[_UserBlock], BeforeValidator(_blocks, json_schema_input_type=str | list[_UserBlock])
+        list[_UserBlock],
+        Field(min_length=1),
+        BeforeValidator(_blocks, json_schema_input_type=str | list[_UserBlock]),
     ]
 
 

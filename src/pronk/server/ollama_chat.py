@@ -15,7 +15,7 @@ from pronk.server.chat import seed_of
 from pronk.server.errors import ApiError
 from pronk.server.limits import check_schema
 from pronk.server.models import Lease
-from pronk.server.service import Call, refuse
+from pronk.server.service import Call, called, refuse
 from pronk.text.messages import Message, ToolCall, check_json, check_text
 from pronk.text.tools import Tool, tools_from_dicts
 
@@ -71,13 +71,14 @@ def request_of(
         "deadline": call.deadline(None),
     }
     prompter, options = lease.llm.prompter, sampling_of(body)
-    if isinstance(body, t.OllamaChatRequest):
-        request = prompter.chat(chat_of(call, body), options, **who)
-    elif body.raw or prompter.chat_format is None:
-        ids = _raw(lease, body)
-        request = prompter.completion(ids, options, _shape(body), CHAT_DEFAULTS, **who)
-    else:
-        request = prompter.chat(_one_turn(body), options, **who)
+    with called("response_format", "format"):
+        if isinstance(body, t.OllamaChatRequest):
+            request = prompter.chat(chat_of(call, body), options, **who)
+        elif body.raw or prompter.chat_format is None:
+            ids = _raw(lease, body)
+            request = prompter.completion(ids, options, _shape(body), CHAT_DEFAULTS, **who)
+        else:
+            request = prompter.chat(_one_turn(body), options, **who)
     _limit(request, lease, body.options)
     return request
 
@@ -136,6 +137,7 @@ def chat_of(call: Call, body: t.OllamaChatRequest) -> Chat:
     prefill = ""
     if messages[-1].role == "assistant" and not messages[-1].tool_calls:
         prefill = messages.pop().content
+        refuse(not messages, "messages", "there is none before the one that begins the answer")
     shape = _shape(body)
     refuse(
         bool(prefill) and shape is not None,

@@ -3,13 +3,14 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import Request
 
-from pronk.core.errors import CheckpointError
+from pronk.core.errors import CheckpointError, UserError
 from pronk.server.auth import Caller
 from pronk.server.disk import Files
 from pronk.server.errors import ApiError
@@ -133,6 +134,17 @@ async def _disconnected(request: Request) -> None:
     """Waits until a client has gone whose request's body has been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+@contextmanager
+def called(parameter: str, name: str) -> Iterator[None]:
+    """Mistakes of a parameter are told under the name that it has in an API."""
+    try:
+        yield
+    except UserError as error:
+        if not str(error).startswith(parameter):
+            raise
+        raise UserError(name + str(error).removeprefix(parameter)) from None
 
 
 def refuse(condition: bool, param: str, why: str) -> None:
