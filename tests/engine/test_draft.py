@@ -9,8 +9,8 @@ import pytest
 from engine.test_runner import answers, make_engine, make_prompts, make_requests, random_weights
 from pronk.backends.select import select_backend
 from pronk.engine.draft import MOST_DRAFT, Speculator
-from pronk.engine.estimates import Budget, Costs
-from pronk.engine.lookup import GRAM, LONGEST_MATCH, Lookup, SuffixIndex
+from pronk.engine.estimates import Costs
+from pronk.engine.lookup import GRAM, LONGEST_MATCH, SuffixIndex
 from pronk.engine.request import Request, SamplingParams
 
 

@@ -102,12 +102,12 @@ class Speculator:
     """Guesses for the requests of one engine. Where its drafter raises an exception, that is
     logged, and the drafter is not asked again."""
 
-    def __init__(self, drafter: Drafter | None = None) -> None:
+    def __init__(self, drafter: Drafter | None = None, lookup: Lookup | None = None) -> None:
         self.costs = Costs()
         self.drafter = drafter
         self.sources = {name: Tally() for name in ("forced", "lookup", "model")}
         self.drafted = self.accepted = 0
-        self._lookup = Lookup()
+        self._lookup = Lookup() if lookup is None else lookup
         self._records: WeakKeyDictionary[Request, _Record] = WeakKeyDictionary()
         self._by_length = [Rate(1 + 0.1 * n, 3) for n in range(LONGEST_MATCH + 1)]
         self._by_model, self._by_grammar = Rate(2, 3), Rate(19, 20)

@@ -19,7 +19,6 @@ from pronk.core.config import ModelConfig
 from pronk.core.errors import UserError
 from pronk.core.progress import Progress, silent
 from pronk.engine.draft import Speculator
-from pronk.engine.draft_model import DraftModel, check_same_vocabulary
 from pronk.engine.engine import Engine, pending
 from pronk.engine.load import (
     load_model,
@@ -79,9 +78,7 @@ class LLM:
     `threads` None: all that this process may use. `max_batch` requests at most share a step, which
     computes at most `token_budget` tokens; neither changes an answer, nor does `prefix_cache`,
     which keeps what has been computed for prompts that begin alike, nor `speculate`, which computes
-    several tokens at once where the text repeats what came before. `draft` is a smaller model of
-    the same vocabulary that guesses what comes next, which neither changes an answer but takes more
-    memory; it pays where it is much smaller and often right. `layout_cache` keeps the packed
+    several tokens at once where the text repeats what came before. `layout_cache` keeps the packed
     weights on disk, as much again as the model, so that the next start takes a moment (None: if
     the environment variable PRONK_LAYOUT_CACHE is 1). Raises UserError, and MemoryLimitError before
     anything is loaded that does not fit.
@@ -99,7 +96,6 @@ class LLM:
         token_budget: int = 512,
         prefix_cache: bool = True,
         speculate: bool = True,
-        draft: str | Path | None = None,
         layout_cache: bool | None = None,
         progress: Progress = silent,
     ) -> None:
@@ -109,95 +105,58 @@ class LLM:
             _check_whole("threads", threads, 1, 1024)
         if kv_dtype not in KV_DTYPES:
             raise UserError(f"kv_dtype: {kv_dtype!r} is not one of {', '.join(KV_DTYPES)}")
-        if draft is not None and not speculate:
-            raise UserError(f"draft: {draft} has nothing to do without speculate")
         ops: Any = select_backend(backend)
         self.backend_name: str = ops.name
         self._chat_format: list[ChatFormat | None] = []
         self._checkpoint = open_checkpoint(locate(model, progress=progress))
-        self._draft_checkpoint: Checkpoint | None = None
         try:
-            if draft is not None:
-                self._draft_checkpoint = open_checkpoint(locate(draft, progress=progress))
             self.config: ModelConfig = self._checkpoint.config
             if ctx is not None:
                 _check_whole("ctx", ctx, 1, self.config.context)
             need = need_of(self._checkpoint, ops, token_budget=token_budget, max_batch=max_batch)
-            share = 0.0
-            if self._draft_checkpoint is not None:
-                draft_need = need_of(
-                    self._draft_checkpoint, ops, token_budget=token_budget, max_batch=max_batch
-                )
-                share = draft_need.weights / need.weights
-                need = need.with_draft(draft_need)
             self.context, n_blocks = fit(need, ctx, kv_dtype, free_memory())
             self.tokenizer: Tokenizer = load_tokenizer(self._checkpoint)
             _check_vocabulary(self._checkpoint, self.tokenizer)
-            if self._draft_checkpoint is not None:
-                draft_tokenizer = load_tokenizer(self._draft_checkpoint)
-                _check_vocabulary(self._draft_checkpoint, draft_tokenizer)
-                check_same_vocabulary(self.tokenizer, draft_tokenizer)
             self._recommended = recommended_sampling(self._checkpoint)
             self.threads = use_threads(ops, threads)
-            drafter = None
-            if self._draft_checkpoint is not None:
-                drafter = self._drafter(
-                    self._runner(
-                        self._draft_checkpoint, ops, n_blocks, kv_dtype, layout_cache, progress
-                    ),
-                    n_blocks, share, prefix_cache,
-                )  # fmt: skip
             self._engine: Engine | None = Engine(
-                self._runner(self._checkpoint, ops, n_blocks, kv_dtype, layout_cache, progress),
+                self._runner(ops, n_blocks, kv_dtype, layout_cache, progress),
                 vocab_size=self.tokenizer.vocab_size,
                 context=self.context,
                 n_blocks=n_blocks,
                 max_batch=max_batch,
                 token_budget=token_budget,
                 prefix_cache=prefix_cache,
-                speculator=Speculator(drafter) if speculate else None,
+                speculator=Speculator() if speculate else None,
             )
         except BaseException:
-            self._close_files()
+            self._checkpoint.close()
             raise
 
     def _runner(
         self,
-        checkpoint: Checkpoint,
         ops: Any,
         n_blocks: int,
         kv_dtype: KvDtype,
         layout_cache: bool | None,
         progress: Progress,
     ) -> Runner:
-        """A model with its weights in memory."""
+        """The model with its weights in memory."""
         weights = load_model(
-            checkpoint,
+            self._checkpoint,
             ops,
-            n_positions=min(self.context, checkpoint.config.context),
+            n_positions=self.context,
             layout_cache=layout_cache,
             progress=progress,
         )
         return Runner(
             ops,
-            checkpoint.config,
+            self.config,
             weights,
             n_blocks=n_blocks,
             n_tokens=self.tokenizer.vocab_size,
             threads=self.threads,
             kv_dtype=kv_dtype,
-        )
-
-    def _drafter(
-        self, runner: Runner, n_blocks: int, share: float, prefix_cache: bool
-    ) -> DraftModel:
-        return DraftModel(
-            runner,
-            context=min(self.context, runner.config.context),
-            n_blocks=n_blocks,
-            stop_ids=self.tokenizer.stop_ids,
-            share=share,
-            prefix_cache=prefix_cache,
         )
 
     @property
@@ -342,7 +301,7 @@ class LLM:
     def close(self) -> None:
         """Frees the model. Using it afterwards is a UserError."""
         self._engine = None
-        self._close_files()
+        self._checkpoint.close()
 
     def __enter__(self) -> Self:
         return self
@@ -354,11 +313,6 @@ class LLM:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _close_files(self) -> None:
-        self._checkpoint.close()
-        if self._draft_checkpoint is not None:
-            self._draft_checkpoint.close()
 
     def _open_engine(self) -> Engine:
         if self._engine is None:
