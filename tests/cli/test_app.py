@@ -16,10 +16,10 @@ from cli.conftest import Pronk
 from pronk.cli.app import cli, main
 from pronk.cli.common import note
 from pronk.core.errors import MemoryLimitError, PronkError, UserError
-from pronk.engine.llm import CHAT_DEFAULTS
+from pronk.engine.prompts import CHAT_DEFAULTS
 
 VERBS = {
-    "bench", "chat", "generate", "list", "perplexity", "pull", "rm", "show", "tokenize",
+    "bench", "chat", "generate", "key", "list", "perplexity", "pull", "rm", "show", "tokenize",
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cli.conftest import Pronk
+from pronk.server.keys import change_keys, new_key
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
@@ -34,6 +35,9 @@ def folder(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("tools.json").write_text(json.dumps([TOOL]))
     Path("broken.json").write_text("[{")
     Path("wrong.json").write_text(json.dumps([{"type": "function"}]))
+    change_keys(
+        Path("keys.json"), lambda keys: keys.added(*new_key(name="alice", now=0)), create=True
+    )
     return tmp_path
 
 
@@ -103,6 +107,17 @@ MISTAKES = [
     ("tokenize tiny.gguf --decode 1,x", "--decode: 'x' is not a token id; give ids as 1,2,3"),
     ("tokenize tiny.gguf --decode 99999", "token id 99999: the vocabulary has ids 0 to"),
     ("tokenize tiny.gguf hi --decode 1", "--decode: goes with no TEXT"),
+    # keys
+    ("key", "COMMAND: give add, list or rm"),
+    ("key add keys", "Missing option '--name'"),
+    ("key add keys --name a/b", "--name: 'a/b' is not 1 to 64 letters, digits, spaces or any of"),
+    ("key add keys --name a --rpm 0", "--rpm: 0 is not a whole number from 1 to"),
+    ("key add keys --name a --scope root", "--scope: 'root' is not one of 'inference', 'files'"),
+    ("key add keys --name a --expires 30", "--expires: 30 is not a time span such as 12h, 30d"),
+    ("key add text.txt --name a", "text.txt: not JSON: "),
+    ("key list nothing", "nothing: cannot be read: No such file or directory; `pronk key add"),
+    ("key list tools.json", "tools.json: must be a JSON object, is a list; key files are JSON"),
+    ("key rm keys.json b", "NAME: no key 'b'; there are: alice"),
     # prompts and texts
     ("chat tiny.gguf", "PROMPT: it is empty"),
     ("generate tiny.gguf", "PROMPT: it is empty"),

@@ -20,6 +20,7 @@ from pronk.checkpoints.checkpoint import Checkpoint
 from pronk.checkpoints.open import open_checkpoint
 from pronk.core.errors import CheckpointError, ContextLengthError, MemoryLimitError, UserError
 from pronk.engine import llm as llm_module
+from pronk.engine import prompts as prompts_module
 from pronk.engine.engine import Engine
 from pronk.engine.load import load_model, recommended_sampling
 from pronk.engine.replies import ReplyText
@@ -126,7 +127,7 @@ def test_messages_may_be_objects_or_dictionaries(llm: LLM) -> None:
 def test_a_stream_that_is_closed_early_leaves_nothing_behind(llm: LLM) -> None:
     stream = llm.stream(HELLO, max_tokens=100, ignore_eos=True)
     next(stream)
-    engine = llm._open_engine()
+    engine = llm.engine
     assert engine.has_work
     stream.close()
     assert not engine.has_work
@@ -391,8 +392,8 @@ def test_a_text_that_fails_is_raised_to_its_caller_only(
         return Unreadable()
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm_module, "TextOut", unreadable)
-        patch.setattr(llm_module, "ReplyText", unreadable)
+        patch.setattr(prompts_module, "TextOut", unreadable)
+        patch.setattr(prompts_module, "ReplyText", unreadable)
         call: dict[str, Callable[[], object]] = {
             "generate": lambda: llm.generate(["hello", "the"]),
             "chat": lambda: llm.chat(HELLO),
@@ -404,13 +405,13 @@ def test_a_text_that_fails_is_raised_to_its_caller_only(
     assert last.reply is not None
     assert last.reply.token_ids == wanted.token_ids
     assert "".join(p.text for p in [*pieces, *more, last]) == wanted.text == last.reply.text
-    assert not llm._open_engine().has_work
+    assert not llm.engine.has_work
 
 
 def test_one_bad_prompt_stops_the_batch_before_it_begins(llm: LLM) -> None:
     with pytest.raises(UserError, match="prompt: token id 100000"):
         llm.generate([[1, 2], [100000]])
-    assert not llm._open_engine().has_work
+    assert not llm.engine.has_work
 
 
 # Scores

@@ -4,12 +4,12 @@ import random
 import time
 
 import pytest
+from test_rules import FakeModel, Guesser, check_accounts, expected, make_engine, make_request
 
 from pronk.backends.protocol import BLOCK
 from pronk.core.errors import DeadlineError
 from pronk.engine.engine import Engine
 from pronk.engine.request import Request, State
-from test_rules import FakeModel, Guesser, check_accounts, expected, make_engine, make_request
 
 
 def slices_of(engine: Engine) -> list[tuple[Request, int]]:

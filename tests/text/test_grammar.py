@@ -41,10 +41,10 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
 def answer(llm: LLM, grammar: Grammar, seed: int, max_tokens: int = 120) -> Request:
     params = SamplingParams(temperature=5.0, seed=seed, max_tokens=max_tokens)
     request = Request(
-        [seed, 2, 3], params, eos_ids=llm.tokenizer.stop_ids, text=llm._text_out(params),
+        [seed, 2, 3], params, eos_ids=llm.tokenizer.stop_ids, text=llm.prompter.text_out(params),
         constraint=Matchers(llm.tokenizer).matcher(grammar),
     )  # fmt: skip
-    llm._open_engine().run([request])
+    llm.engine.run([request])
     return request
 
 
@@ -119,7 +119,7 @@ def test_speculation_within_a_grammar(tmp_path: Path) -> None:
         with LLM(path, backend="reference", speculate=speculate) as llm:
             request = answer(llm, grammar, 1, max_tokens=200)
             texts.append((request.output, request.finish_reason))
-            speculator = llm._open_engine()._speculator
+            speculator = llm.engine._speculator
             if speculator is not None:
                 assert speculator.accepted > 20
     assert texts[0] == texts[1]
@@ -140,7 +140,7 @@ class Broken:
 
 
 def test_a_broken_constraint_ends_its_own_request_only(llm: LLM) -> None:
-    engine = llm._open_engine()
+    engine = llm.engine
     params = SamplingParams(max_tokens=6)
     alone = Request([5, 6, 7], params)
     engine.run([alone])

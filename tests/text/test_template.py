@@ -14,9 +14,10 @@ from chat_samples import ADD, CHATML_SPECIALS, ByteTokenizer
 from pronk.core.errors import UserError
 from pronk.text.chat import Rendered
 from pronk.text.messages import Message, Role, ToolCall
+from pronk.text.parse import parse_reply
 from pronk.text.sandbox import Meter
 from pronk.text.template import JinjaFormat
-from pronk.text.tools import tools_from_dicts
+from pronk.text.tools import json_prompt, tools_from_dicts
 
 TOOLS = tools_from_dicts([ADD])
 TOKENIZER = ByteTokenizer(CHATML_SPECIALS, eos_id=258)
@@ -324,30 +325,35 @@ def test_internals_stay_hidden() -> None:
     assert render("{{ '{0.__class__}'.format(1) }}|{{ messages.__len__ }}") == "|"
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"tools": TOOLS}, "tools: this model's chat template has no place for tools"),
-        ({"builtin_tools": ["brave_search"]}, "builtin_tools: this model's chat template knows no"),
-        (
-            {"tools": TOOLS, "tool_choice": "required"},
-            "tool_choice: 'required' cannot be said to this",
-        ),
-        ({"tools": TOOLS, "tool_choice": "add"}, "tool_choice: 'add' cannot be said to this model"),
-    ],
-)
-def test_nothing_is_left_out_silently(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        render(CHATML, **options)
+def test_builtin_tools_are_not_left_out_silently() -> None:
+    with pytest.raises(UserError, match="builtin_tools: this model's chat template knows no"):
+        render(CHATML, builtin_tools=["brave_search"])
+
+
+def test_tools_that_the_template_has_no_place_for_are_described() -> None:
     assert render(CHATML, tools=TOOLS, tool_choice="none") == render(CHATML)
+    system = Message("system", "Be brief.")
+    text = render(CHATML, [system, USER], tools=TOOLS)
+    assert text.startswith("<|im_start|>system\nBe brief.\n\nAnswer the user's question by making")
+    assert json_prompt(tools_from_dicts([tool.to_dict() for tool in TOOLS])) in text
+    assert "You MUST use one of" in render(CHATML, tools=TOOLS, tool_choice="required")
+    assert "You MUST use the tool `add`" in render(CHATML, tools=TOOLS, tool_choice="add")
 
 
-def test_calls_are_not_left_out_silently() -> None:
-    call = Message("assistant", "", (ToolCall("f", {}),))
-    with pytest.raises(
-        UserError, match=r"messages\[1\].tool_calls: this model's chat template has"
-    ):
-        render(CHATML, [USER, call])
+def test_calls_and_results_that_the_template_has_no_place_for_are_described() -> None:
+    call = Message("assistant", "Wait.", (ToolCall("f", {"a": 1}, "c1"), ToolCall("g", {}, "c2")))
+    results = [Message("tool", "7", tool_call_id="c1"), Message("tool", "8", tool_call_id="c9")]
+    text = render(CHATML, [USER, call, *results])
+    assert (
+        "<|im_start|>assistant\nWait.\n"
+        '{"name": "f", "parameters": {"a": 1}}; {"name": "g", "parameters": {}}<|im_end|>' in text
+    )
+    assert "<|im_start|>user\nThe result of f:\n7<|im_end|>" in text
+    assert "The result of the function:\n8" in text
+    answer = text.partition("<|im_start|>assistant\n")[2].partition("<|im_end|>")[0]
+    read = parse_reply(answer, tools=["f", "g"])
+    assert read.text == "Wait."
+    assert [(c.name, c.arguments) for c in read.tool_calls] == [("f", {"a": 1}), ("g", {})]
 
 
 def test_builtin_tools_are_passed_on() -> None:

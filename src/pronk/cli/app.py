@@ -17,6 +17,7 @@ import click
 from pronk.cli.bench import bench
 from pronk.cli.chat import chat
 from pronk.cli.generate import generate
+from pronk.cli.key import key
 from pronk.cli.list import list_
 from pronk.cli.perplexity import perplexity
 from pronk.cli.printable import one_line
@@ -62,7 +63,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for _verb in (chat, generate, pull, list_, show, rm, tokenize, bench, perplexity):
+for _verb in (chat, generate, pull, list_, show, rm, tokenize, bench, perplexity, key):
     cli.add_command(_verb)
 
 

@@ -83,6 +83,17 @@ def bias(value: str) -> tuple[int, float]:
         raise click.BadParameter(f"{value} is not ID=AMOUNT: {error.message}") from None
 
 
+_SPANS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
+
+
+def span(value: str) -> int:
+    """A time span such as 30d, in seconds."""
+    number, unit = value[:-1], value[-1:]
+    if number.isdecimal() and number.isascii() and unit in _SPANS and 1 <= int(number) <= 10**6:
+        return int(number) * _SPANS[unit]
+    raise click.BadParameter(f"{value} is not a time span such as 12h, 30d, 8w or 1y")
+
+
 # Options that several verbs have.
 
 

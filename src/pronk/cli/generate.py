@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -70,7 +70,7 @@ def generate(
         if as_json:
             emit(completion_json(model, llm, llm.generate(prompt, **options)))
             return
-        completion = say(continuation(llm, prompt, options))
+        completion = say(llm.stream_generate(prompt, **options))
     if completion.logprobs:
         click.echo("\n" + logprob_table(llm, completion))
     note_cut(completion, llm.context)
@@ -87,31 +87,6 @@ def say(pieces: "Generator[str, None, Completion]") -> "Completion":
                 completion: Completion = end.value
                 return completion
             click.echo(piece, nl=False)  # which flushes
-
-
-def continuation(
-    llm: "LLM", prompt: str, options: Mapping[str, Any]
-) -> "Generator[str, None, Completion]":
-    """What `llm.generate` returns, its text piece by piece; closing it ends the computation."""
-    from pronk.engine.engine import pending
-    from pronk.engine.replies import completion_of
-    from pronk.engine.request import SamplingParams
-
-    params = SamplingParams.of(options, {})
-    request = llm._request(llm._ids(prompt), params, llm._text_out(params))
-    engine = llm._open_engine()
-    n_seen = 0
-    try:
-        engine.add(request)
-        while pending([request]):
-            engine.step()
-            new = request.pieces[n_seen:]
-            n_seen += len(new)
-            if new:
-                yield "".join(new)
-        return completion_of(request)
-    finally:
-        engine.abort(request)
 
 
 def completion_json(model: str, llm: "LLM", completion: "Completion") -> dict[str, Any]:

@@ -39,6 +39,8 @@ class BlockPool:
     def __init__(self, n_blocks: int, *, prefix_cache: bool = True) -> None:
         self.n_blocks = n_blocks
         self.prefix_cache = prefix_cache
+        self.n_touched = 0
+        """Blocks that were ever handed out; the others' memory has not been written to."""
         self._free = list(range(n_blocks - 1, -1, -1))  # a stack: memory is touched as it is needed
         self._cached: OrderedDict[int, None] = OrderedDict()  # the longest unused first
         self._refs = [0] * n_blocks
@@ -97,6 +99,7 @@ class BlockPool:
         blocks = [self._free.pop() if self._free else self._evict() for _ in range(n)]
         for block in blocks:
             self._refs[block] = 1
+            self.n_touched = max(self.n_touched, block + 1)
         return blocks
 
     def publish(self, block: int, key: bytes) -> None:

@@ -156,6 +156,15 @@ class Engine:
 
         return self._alone(abort)
 
+    def fail_all(self, error: Exception) -> list[Event]:
+        """Ends everything with `error`: for whoever steps, when stepping itself keeps failing."""
+
+        def fail() -> list[Event]:
+            queued = (*self.scheduler.running, *self.scheduler.waiting)
+            return [self._end(request, "error", error) for request in queued]
+
+        return self._alone(fail)
+
     def run(self, requests: Sequence[Request]) -> None:
         """Adds the requests and steps until all of them have ended. If one is refused or fails, or
         the run is interrupted, none of them stays behind."""

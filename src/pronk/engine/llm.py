@@ -28,21 +28,22 @@ from pronk.engine.load import (
     use_threads,
 )
 from pronk.engine.memory import check_logits, fit, free_memory
+from pronk.engine.prompts import (
+    Chat,
+    Prompt,
+    Prompter,
+    answer_shape,
+)
 from pronk.engine.replies import Completion, Piece, Reply, ReplyText, completion_of, reply_of
-from pronk.engine.request import Request, SamplingParams
+from pronk.engine.request import Request
 from pronk.engine.runner import Runner
-from pronk.engine.sampling import TextOut, token_logprobs
+from pronk.engine.sampling import token_logprobs
 
 if TYPE_CHECKING:
     from pronk.text.chat import ChatFormat
     from pronk.text.messages import Message
     from pronk.text.tokenizer import Tokenizer
     from pronk.text.tools import Tool
-
-CHAT_DEFAULTS: Mapping[str, float] = {"temperature": 0.6, "top_p": 0.9}
-"""Meta's own (llama-models, generation.py); what comes with a model goes before them."""
-GENERATE_DEFAULTS: Mapping[str, float] = {"max_tokens": 16}
-"""Greedy: a raw completion shows what the model finds most likely."""
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -66,7 +67,6 @@ class SamplingOptions(TypedDict, total=False):
     logprobs: int | None
 
 
-Prompt: TypeAlias = str | list[int]
 Prompts: TypeAlias = list[str] | list[list[int]] | list[Prompt]
 
 
@@ -80,8 +80,8 @@ class LLM:
     which keeps what has been computed for prompts that begin alike, nor `speculate`, which computes
     several tokens at once where the text repeats what came before. `layout_cache` keeps the packed
     weights on disk, as much again as the model, so that the next start takes a moment (None: if
-    the environment variable PRONK_LAYOUT_CACHE is 1). Raises UserError, and MemoryLimitError before
-    anything is loaded that does not fit.
+    the environment variable PRONK_LAYOUT_CACHE is 1). `keep_free` bytes of memory are left to others.
+    Raises UserError, and MemoryLimitError before anything is loaded that does not fit.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class LLM:
         prefix_cache: bool = True,
         speculate: bool = True,
         layout_cache: bool | None = None,
+        keep_free: int = 0,
         progress: Progress = silent,
     ) -> None:
         _check_whole("max_batch", max_batch, 1, 4096)
@@ -107,17 +108,22 @@ class LLM:
             raise UserError(f"kv_dtype: {kv_dtype!r} is not one of {', '.join(KV_DTYPES)}")
         ops: Any = select_backend(backend)
         self.backend_name: str = ops.name
-        self._chat_format: list[ChatFormat | None] = []
         self._checkpoint = open_checkpoint(locate(model, progress=progress))
         try:
             self.config: ModelConfig = self._checkpoint.config
             if ctx is not None:
                 _check_whole("ctx", ctx, 1, self.config.context)
             need = need_of(self._checkpoint, ops, token_budget=token_budget, max_batch=max_batch)
-            self.context, n_blocks = fit(need, ctx, kv_dtype, free_memory())
+            free = free_memory()
+            free = None if free is None else max(0, free - keep_free)
+            self.context, n_blocks = fit(need, ctx, kv_dtype, free)
+            self.kv_dtype = kv_dtype
+            self._block_bytes = need.kv_bytes(1, kv_dtype)
             self.tokenizer: Tokenizer = load_tokenizer(self._checkpoint)
             _check_vocabulary(self._checkpoint, self.tokenizer)
-            self._recommended = recommended_sampling(self._checkpoint)
+            self.prompter = Prompter(
+                self.tokenizer, self._checkpoint.path.name, recommended_sampling(self._checkpoint)
+            )
             self.threads = use_threads(ops, threads)
             self._engine: Engine | None = Engine(
                 self._runner(ops, n_blocks, kv_dtype, layout_cache, progress),
@@ -165,13 +171,28 @@ class LLM:
         return self._checkpoint.metadata
 
     @property
+    def untouched_bytes(self) -> int:
+        """Memory of the KV cache that has not been written to, so that the system counts it as
+        free."""
+        pool = self.engine.scheduler.pool
+        return (pool.n_blocks - pool.n_touched) * self._block_bytes
+
+    @property
+    def identity(self) -> str:
+        """The file or folder that the weights came from, and their size."""
+        return f"{self._checkpoint.path.name} {self._checkpoint.nbytes}"
+
+    @property
     def chat_format(self) -> "ChatFormat | None":
         """How this model's chats are written; None for a base model."""
-        if not self._chat_format:
-            from pronk.text.chat import chat_format_for
+        return self.prompter.chat_format
 
-            self._chat_format.append(chat_format_for(self.tokenizer))
-        return self._chat_format[0]
+    @property
+    def engine(self) -> Engine:
+        """What runs the requests of the `prompter`. Raises UserError for a closed model."""
+        if self._engine is None:
+            raise UserError("LLM: this model has been closed; load it again")
+        return self._engine
 
     def chat(
         self,
@@ -180,6 +201,8 @@ class LLM:
         tools: "Sequence[Mapping[str, Any] | Tool] | None" = None,
         builtin_tools: Sequence[str] = (),
         tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
+        response_format: Mapping[str, Any] | None = None,
         date: Date | str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Reply:
@@ -187,11 +210,14 @@ class LLM:
 
         Messages and tools are OpenAI dictionaries (or `Message` and `Tool`). Unless told otherwise
         it samples as the model's makers recommend, else with CHAT_DEFAULTS, and stops where the
-        model does or the context is full. Raises ContextLengthError for a chat that leaves no room
-        for an answer, UserError for a model that cannot chat.
+        model does or the context is full. `tool_choice` ("auto", "none", "required" or a name) and
+        `response_format` (see `answer_shape`) are enforced, and arguments of calls fit the tools'
+        schemas. Raises ContextLengthError for a chat that leaves no room for an answer, UserError
+        for a model that cannot chat.
         """
         pieces = self.stream(
-            messages, tools=tools, builtin_tools=builtin_tools, tool_choice=tool_choice, date=date,
+            messages, tools=tools, builtin_tools=builtin_tools, tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls, response_format=response_format, date=date,
             **options,
         )  # fmt: skip
         *_, last = pieces
@@ -205,31 +231,23 @@ class LLM:
         tools: "Sequence[Mapping[str, Any] | Tool] | None" = None,
         builtin_tools: Sequence[str] = (),
         tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
+        response_format: Mapping[str, Any] | None = None,
         date: Date | str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generator[Piece, None, None]:
         """As `chat`, in pieces: their texts joined are the reply's text, and the last one carries
         the reply. Bad input is refused at the call; closing the iterator ends the generation."""
-        params = SamplingParams.of(options, {**CHAT_DEFAULTS, **self._recommended})
-        form = self.chat_format
-        if form is None:
-            raise UserError(
-                f"MODEL: {self._checkpoint.path.name} is a base model without a chat format;"
-                " use generate"
-            )
-        chat, offered = _checked_messages(messages), _checked_tools(tools)
-        rendered = form.render(
-            chat, tools=offered, builtin_tools=builtin_tools, tool_choice=tool_choice, date=date
-        )
-        own = [tool.name for tool in offered] if tool_choice != "none" else []
-        known = builtin_tools if tool_choice != "none" else []
-        text = ReplyText(self.tokenizer, params.stop, own, known)
-        request = self._request(rendered.ids, params, text)
-        self._open_engine().check(request)
-        return self._pieces(request, text)
+        chat = Chat(
+            _checked_messages(messages), _checked_tools(tools), builtin_tools, tool_choice,
+            parallel_tool_calls, answer=answer_shape(response_format), date=date,
+        )  # fmt: skip
+        request = self.prompter.chat(chat, options)
+        self.engine.check(request)
+        return self._pieces(request)
 
-    def _pieces(self, request: Request, text: ReplyText) -> Generator[Piece, None, None]:
-        engine = self._open_engine()
+    def _pieces(self, request: Request) -> Generator[Piece, None, None]:
+        engine, text = self.engine, cast(ReplyText, request.answer_text)
         n_seen = 0
         try:
             engine.add(request)
@@ -258,15 +276,38 @@ class LLM:
         and 16 tokens unless told otherwise. If one of several fails, that is raised and the others
         end with it.
         """
-        params = SamplingParams.of(options, GENERATE_DEFAULTS)
         if _is_one(prompt):
-            return self._generate([cast(Prompt, prompt)], params)[0]
-        return self._generate(cast(Prompts, prompt), params)
+            return self._generate([cast(Prompt, prompt)], options)[0]
+        return self._generate(cast(Prompts, prompt), options)
 
-    def _generate(self, prompts: Prompts, params: SamplingParams) -> list[Completion]:
-        requests = [self._request(self._ids(p), params, self._text_out(params)) for p in prompts]
-        self._open_engine().run(requests)
+    def _generate(self, prompts: Prompts, options: Mapping[str, Any]) -> list[Completion]:
+        requests = [self.prompter.completion(prompt, options) for prompt in prompts]
+        self.engine.run(requests)
         return [completion_of(request) for request in requests]
+
+    def stream_generate(
+        self, prompt: Prompt, **options: Unpack[SamplingOptions]
+    ) -> Generator[str, None, Completion]:
+        """As `generate` of one prompt, in pieces of text; returns the completion. Bad input is
+        refused at the call; closing the iterator ends the generation."""
+        request = self.prompter.completion(prompt, options)
+        self.engine.check(request)
+        return self._texts(request)
+
+    def _texts(self, request: Request) -> Generator[str, None, Completion]:
+        engine = self.engine
+        n_seen = 0
+        try:
+            engine.add(request)
+            while pending([request]):
+                engine.step()
+                new = request.pieces[n_seen:]
+                n_seen += len(new)
+                if new:
+                    yield "".join(new)
+            return completion_of(request)
+        finally:
+            engine.abort(request)
 
     def score(self, ids: Sequence[int]) -> F32:
         """Log probability of each token given those before it, float32 `[T-1]`; as in `generate`,
@@ -280,13 +321,13 @@ class LLM:
             logprobs[start : start + len(following)] = token_logprobs(known_NV, following)
 
         request.observer = observer
-        self._open_engine().run([request])
+        self.engine.run([request])
         return logprobs
 
     def logits(self, ids: Sequence[int]) -> F32:
         """Logits at every position, float32 `[T, V]`, V being the model's `config.vocab_size`.
         Raises MemoryLimitError if they do not fit the memory."""
-        engine, request = self._open_engine(), Request(ids, None)
+        engine, request = self.engine, Request(ids, None)
         engine.check(request)
         check_logits(request.n_prompt, self.config.vocab_size, free_memory())
         logits_TV = np.empty((request.n_prompt, self.config.vocab_size), dtype=np.float32)
@@ -313,24 +354,6 @@ class LLM:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _open_engine(self) -> Engine:
-        if self._engine is None:
-            raise UserError("LLM: this model has been closed; load it again")
-        return self._engine
-
-    def _request(
-        self, ids: Sequence[int], params: SamplingParams, text: TextOut | ReplyText
-    ) -> Request:
-        return Request(ids, params, eos_ids=self.tokenizer.stop_ids, text=text)
-
-    def _text_out(self, params: SamplingParams) -> TextOut:
-        return TextOut(self.tokenizer.stream(), params.stop)
-
-    def _ids(self, prompt: Prompt) -> Sequence[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos)
-        return prompt
 
 
 def _is_one(prompt: Prompt | Prompts) -> bool:

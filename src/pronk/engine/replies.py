@@ -1,7 +1,7 @@
 """What a finished request gives to its caller: completions, chat replies, counts and times."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pronk.engine.request import Request
@@ -103,6 +103,8 @@ class ReplyText:
         without any, all that the model writes is text."""
         from pronk.text.parse import ReplyParser
 
+        self.events: list[Event] = []
+        """All that has been read so far. Grows at its end only."""
         self.calls: list[ToolCall] = []
         self._written = TextOut(tokenizer.stream(), stop)
         specials = {id: text for text, id in tokenizer.special_ids.items()}
@@ -112,6 +114,11 @@ class ReplyText:
     @property
     def stopped(self) -> bool:
         return self._written.stopped
+
+    @property
+    def stop_found(self) -> str | None:
+        """The stop string that ended the answer."""
+        return self._written.stop_found
 
     def feed(self, token: int) -> str:
         from pronk.text.events import SpecialToken
@@ -125,12 +132,19 @@ class ReplyText:
         return self._take(events)
 
     def finish(self) -> str:
+        from pronk.text.events import ToolCallAbort
+
         events = self._parser.push(self._written.finish())
-        return self._take(events + self._parser.finish())
+        for event in self._parser.finish():
+            if isinstance(event, ToolCallAbort):
+                event = replace(event, at_end=True)
+            events.append(event)
+        return self._take(events)
 
     def _take(self, events: "Sequence[Event]") -> str:
         from pronk.text.events import TextDelta, ToolCallEnd
 
+        self.events += events
         self.calls += [event.call for event in events if isinstance(event, ToolCallEnd)]
         return "".join(event.text for event in events if isinstance(event, TextDelta))
 

@@ -262,8 +262,10 @@ class Request:
         self.logprobs: list[TokenLogprob] = []
         self.seed = fresh_seed() if params is None or params.seed is None else params.seed
         self.added_at = time.perf_counter()
+        self.started_at: float | None = None
+        """When it first ran."""
         self.first_token_at = self.last_token_at = self.added_at
-        self._text = text
+        self.answer_text = text
         self._prompt = self.ids[:]
         self._output = array("i")
         self._ends = _end_ids(params, eos_ids)
@@ -351,7 +353,7 @@ class Request:
         return piece
 
     def _read(self, token: int) -> str:
-        text = self._text
+        text = self.answer_text
         if text is None:
             return ""
         piece = "" if token in self._ends else text.feed(token)

@@ -75,17 +75,18 @@ class TextOut:
         self._stream = stream
         self._stop = stop
         self._held = ""
-        self._stopped = False
+        self.stop_found: str | None = None
+        """The stop string that ended the answer."""
 
     @property
     def stopped(self) -> bool:
-        return self._stopped
+        return self.stop_found is not None
 
     def feed(self, token: int) -> str:
         return self._advance(self._stream.push(token))
 
     def finish(self) -> str:
-        if self._stopped:
+        if self.stopped:
             return ""
         text = self._advance(self._stream.flush()) + self._held
         self._held = ""
@@ -95,11 +96,11 @@ class TextOut:
         if not self._stop:
             return piece
         text = self._held + piece
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        found = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
-            self._stopped = True
+            at, self.stop_found = min(found)
             self._held = ""
-            return text[: min(found)]
+            return text[:at]
         keep = max(_overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -12,6 +12,7 @@ kept, only their keys and values are computed once more. A request waits, too, w
 computes the beginning that both share: then that is there to be found.
 """
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
@@ -332,6 +333,7 @@ class Scheduler:
                 return False
             self._preempt(self.running[-1])
         if request.cached is None:
+            request.started_at = time.perf_counter()
             request.cached = request.computed
             self.prompt_tokens += request.n_prompt
             self.cached_tokens += request.cached

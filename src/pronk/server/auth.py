@@ -21,6 +21,8 @@ from starlette.requests import HTTPConnection
 from pronk.core.errors import PronkError
 from pronk.server.errors import ApiError
 from pronk.server.keys import SCOPES, Key
+from pronk.server.limits import enter
+from pronk.server.logs import current_request
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/"})
 """Routes that nobody needs a key for: is it alive, does it take requests, and the page, which holds
@@ -70,23 +72,33 @@ ANONYMOUS = Caller("", "anonymous", SCOPES - {"admin"})
 class _Wanted:
     """The dependency: the caller of a request, or 401 (who?), 403 (not you), 429 (not now)."""
 
-    def __init__(self, scope: str) -> None:
+    def __init__(self, scope: str, limited: bool) -> None:
         assert scope in SCOPES, scope
         self.scope = scope
+        self.limited = limited
 
     async def __call__(self, connection: HTTPConnection) -> Caller:
-        service = connection.app.state.service
         try:
             found = authenticate(connection, self.scope)
         except ApiError as error:
-            service.metrics.auth_failed(error.code or "unknown")
+            connection.app.state.service.metrics.auth_failed(error.code)
             raise
+        if info := current_request():
+            info.key = found.name
+        work = connection.scope.get("method") == "POST"
+        enter(connection, found, limited=self.limited and work)
         return found
 
 
-def caller(scope: str) -> Callable[[HTTPConnection], Coroutine[Any, Any, Caller]]:
-    """The dependency that a route declares: a Caller who has `scope`."""
-    return _Wanted(scope)
+def caller(
+    scope: str, *, limited: bool | None = None
+) -> Callable[[HTTPConnection], Coroutine[Any, Any, Caller]]:
+    """The dependency that a route declares: a Caller who has `scope`.
+
+    POST requests of scope inference count against the limits of their key and of the server;
+    `limited` says otherwise, False for those that must come through when the server is full
+    (a cancellation)."""
+    return _Wanted(scope, scope == "inference" if limited is None else limited)
 
 
 def authenticate(connection: HTTPConnection, scope: str) -> Caller:

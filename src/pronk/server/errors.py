@@ -44,7 +44,8 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
           503: "overloaded_error"}  # fmt: skip
 _ANTHROPIC_TYPES = {400: "invalid_request_error", 401: "authentication_error",
                     403: "permission_error", 404: "not_found_error", 413: "request_too_large",
-                    429: "rate_limit_error", 503: "overloaded_error", 529: "overloaded_error"}  # fmt: skip
+                    429: "rate_limit_error", 503: "overloaded_error",
+                    529: "overloaded_error"}  # fmt: skip
 
 
 def not_found(kind: str, id: str) -> ApiError:
@@ -129,7 +130,7 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 
 def _dotted(parts: Sequence[str]) -> str:
-    """`messages[0].content`; the tags that pydantic adds for the members of a union are left out."""
+    """`messages[0].content`, without the tags that pydantic adds for the members of a union."""
     text = ""
     for part in parts:
         if part.isdecimal():

@@ -53,6 +53,8 @@ class ToolCallAbort:
     """A call that had begun was no call after all; its source follows as text."""
 
     index: int
+    at_end: bool = False
+    """The answer ended within it."""
 
 
 Event = TextDelta | ToolCallStart | ToolCallArgumentsDelta | ToolCallEnd | ToolCallAbort

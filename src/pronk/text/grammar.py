@@ -7,18 +7,29 @@ answer ends exactly where the grammar lets it. No arrays here: masks are bytes, 
 
 import itertools
 import json
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import llguidance
+from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
 from pronk.core.errors import PronkError, UserError
 
 if TYPE_CHECKING:
     from pronk.text.tokenizer import Tokenizer
 
-Kind = Literal["json_schema", "regex", "lark"]
+JSON_OPTIONS: Any = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": r"( |\n {0,16})?",  # bounded: a model may like white space for ever
+    "lenient": False,
+}
+"""How JSON is written."""
+
+_KEPT = 64
+"""Compiled grammars."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +41,14 @@ class Grammar:
 
     @staticmethod
     def of_json_schema(schema: Mapping[str, Any] | bool, where: str = "schema") -> "Grammar":
-        """Any JSON value that a schema admits, without superfluous white space. Raises UserError
-        for a schema that is wrong or has keywords that cannot be enforced, by name."""
+        """Any JSON value that a schema admits, on one line or indented. Raises UserError for a
+        schema that is wrong or has keywords that cannot be enforced, by name."""
         try:
             text = json.dumps(schema)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{where}: not a JSON schema: {error}") from None
-        options: Any = {"whitespace_flexible": False, "lenient": False}
         try:
-            source = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=options)
+            source = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
         except ValueError as error:
             raise UserError(f"{where}: {error}") from None
         return _checked(source, where)
@@ -62,9 +72,22 @@ class Grammar:
         return _checked(llguidance.LLMatcher.grammar_from_lark(f"start: {alternatives}"), where)
 
     @staticmethod
+    def of_ebnf(text: str, where: str = "grammar") -> "Grammar":
+        """Text of a context-free grammar: in llama.cpp's notation (`root ::= ...`) or in Lark's."""
+        try:
+            return Grammar.of_lark(any_to_lark(text), where)
+        except (GbnfToLarkError, RecursionError) as error:
+            raise UserError(f"{where}: {error}") from None
+
+    @staticmethod
     def of_lark(text: str, where: str = "grammar") -> "Grammar":
         """Text of a context-free grammar in Lark's notation, from its rule `start`."""
         return _checked(llguidance.LLMatcher.grammar_from_lark(text), where)
+
+    @staticmethod
+    def of_our_own(text: str) -> "Grammar":
+        """A Lark grammar that needs no check, so that it may name special tokens."""
+        return Grammar(llguidance.LLMatcher.grammar_from_lark(text))
 
 
 def _checked(source: str, where: str) -> Grammar:
@@ -90,7 +113,7 @@ class _Vocabulary:
 
 
 class Matchers:
-    """Makes matchers for one vocabulary."""
+    """Makes matchers for one vocabulary. Grammars that were used lately stay compiled."""
 
     def __init__(self, tokenizer: "Tokenizer") -> None:
         vocabulary = llguidance.TokenizerWrapper(_Vocabulary(tokenizer))
@@ -99,9 +122,22 @@ class Matchers:
             vocabulary, n_vocab=tokenizer.vocab_size, eos_token=sorted(tokenizer.stop_ids)
         )
 
+        self._compiled: OrderedDict[Grammar, llguidance.LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
     def matcher(self, grammar: Grammar) -> "Matcher":
-        matcher = llguidance.LLMatcher(self._tokenizer, grammar.source, log_level=0)
-        return Matcher(matcher, self._stop_ids)
+        """A matcher at the beginning of an answer. Raises PronkError where the grammar is too large
+        to be compiled."""
+        with self._lock:
+            compiled = self._compiled.pop(grammar, None)
+        if compiled is None:
+            compiled = llguidance.LLMatcher(self._tokenizer, grammar.source, log_level=0)
+        matcher = Matcher(compiled.deep_copy(), self._stop_ids)
+        with self._lock:
+            self._compiled[grammar] = compiled
+            while len(self._compiled) > _KEPT:
+                self._compiled.popitem(last=False)
+        return matcher
 
 
 class Matcher:

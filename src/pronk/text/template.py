@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pronk.core.errors import UserError
 from pronk.text.chat import Offer, Rendered, check_offer, english_date
+from pronk.text.described import described
 from pronk.text.messages import Message
 from pronk.text.sandbox import Meter, compile_template
 
@@ -81,9 +82,10 @@ class JinjaFormat:
         date: datetime.date | str | None = None,
         add_generation_prompt: bool = True,
     ) -> Rendered:
-        """See `ChatFormat.render`. `tool_choice` is "auto" or "none": templates have no words for
-        more. A `date` is what `date_string` holds; a `datetime.date` also what `strftime_now`
-        writes.
+        """See `ChatFormat.render`. Where the template has no place for tools or calls they are
+        described in words (described.py); only then are there words for a `tool_choice` other than
+        "auto" and "none". A `date` is what `date_string` holds; a `datetime.date` also what
+        `strftime_now` writes.
 
         The assistant mask comes from the template's `{% generation %}` blocks. Without these it
         comes from rendering every beginning of the chat, up to the model's end token; asked for
@@ -91,11 +93,11 @@ class JinjaFormat:
         whoever wrote its first character.
         """
         offer = check_offer(tools, builtin_tools, tool_choice)
-        if offer.sentence:
-            raise UserError(
-                f"tool_choice: {tool_choice!r} cannot be said to this model; use auto or none"
-            )
-        self._check_used(messages, offer)
+        if offer.builtins and "builtin_tools" not in self._template.variables:
+            raise UserError("builtin_tools: this model's chat template knows no built-in tools")
+        if self.describes_tools(messages, offer):
+            messages = described(messages, offer)
+            offer = Offer((), (), "")
         job = _Job(self, messages, offer, date)
         text, spans = job.without_marks(job.whole(add_generation_prompt))
         pieces = self._pieces(text, job.shield)
@@ -141,18 +143,12 @@ class JinjaFormat:
         tokens = {name: "" if id is None else self._texts[id] for name, id in ids.items()}
         return self._template.render(tokens | variables, meter)
 
-    def _check_used(self, messages: Sequence[Message], offer: Offer) -> None:
-        """Refuse what the template would leave out of the prompt without a word."""
-        if offer.tools and not {"tools", "custom_tools"} & self._template.variables:
-            raise UserError("tools: this model's chat template has no place for tools")
-        if offer.builtins and "builtin_tools" not in self._template.variables:
-            raise UserError("builtin_tools: this model's chat template knows no built-in tools")
-        if "tool_calls" not in self.source:
-            for i, message in enumerate(messages):
-                if message.tool_calls:
-                    raise UserError(
-                        f"messages[{i}].tool_calls: this model's chat template has no tool calls"
-                    )
+    def describes_tools(self, messages: Sequence[Message], offer: Offer) -> bool:
+        """Whether the template would leave tools or calls out of the prompt without a word."""
+        no_tools = not {"tools", "custom_tools"} & self._template.variables
+        no_calls = "tool_calls" not in self.source
+        calls = any(message.tool_calls for message in messages)
+        return bool(offer.tools and no_tools) or (calls and no_calls)
 
     def _pieces(self, text: str, shield: str) -> list[_Piece]:
         """Special tokens and the text between them, encoded."""

@@ -1,0 +1,169 @@
+"""The application: routes, layers, errors, and what starts and stops with it."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from pronk import __version__
+from pronk.core.errors import PronkError
+from pronk.server import (
+    auth,
+    chat,
+    completions,
+    files,
+    metrics,
+    model_routes,
+    page,
+    tokenize,
+    usage,
+)
+from pronk.server.disk import Files
+from pronk.server.errors import ApiError, api_error_of, error_body, validation_error
+from pronk.server.keys import Keys
+from pronk.server.layers import add_layers
+from pronk.server.logs import request_id
+from pronk.server.models import Models
+from pronk.server.service import ClientGone, Service
+from pronk.server.settings import ServerSettings
+from pronk.server.store import Store
+from pronk.server.tracing import start_tracing
+
+log = logging.getLogger(__name__)
+
+_ROUTERS = (chat, completions, tokenize, model_routes, files, usage, metrics, page)
+_IDLE_CHECK_SECONDS = 5.0
+
+
+def create_app(
+    settings: ServerSettings,
+    sources: list[str],
+    *,
+    options: Mapping[str, Any] | None = None,
+    adapters: Mapping[str, Path] | None = None,
+    on_ready: Callable[[Service], None] | None = None,
+) -> FastAPI:
+    """`sources`: the models, the first of which is loaded at the start; `options`: arguments of
+    `LLM`; `adapters`: PEFT folders for the first model, by name. Raises UserError for what cannot
+    be served; nothing is loaded before the application starts."""
+    counts = metrics.Metrics()
+    models = Models(sources, options or {}, counts, aliases=settings.aliases, adapters=adapters)
+    keys = None if settings.api_key_file is None else Keys(settings.api_key_file)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with _running(app, settings, models, counts, keys, on_ready):
+            yield
+
+    app = FastAPI(
+        title="Pronk",
+        version=__version__,
+        summary="Llama models behind the APIs of OpenAI, Anthropic and Ollama.",
+        lifespan=lifespan,
+        openapi_url=None,  # served by page routes that ask for a caller
+        docs_url=None,
+        redoc_url=None,
+        separate_input_output_schemas=True,
+    )
+    app.state.limits = add_layers(
+        app,
+        settings,
+        counts,
+        tracing=start_tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None,
+    )
+    if settings.allow_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.allow_origins), allow_methods=["*"],
+            allow_headers=["*"],
+        )  # fmt: skip
+    for module in _ROUTERS:
+        app.include_router(module.router)
+    _handle_errors(app)
+    auth.check_routes(app)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _running(
+    app: FastAPI,
+    settings: ServerSettings,
+    models: Models,
+    counts: metrics.Metrics,
+    keys: Keys | None,
+    on_ready: Callable[[Service], None] | None,
+) -> AsyncIterator[None]:
+    """Everything that works in the background, from the start to the end of the application."""
+    store = await asyncio.to_thread(Store, settings.data_dir, settings.database)
+    spent = usage.Usage(store)
+    service = Service(
+        settings=settings,
+        models=models,
+        store=store,
+        metrics=counts,
+        usage=spent,
+        keys=keys,
+        limits=app.state.limits,
+        files=Files(store, settings.data_dir, max_bytes=settings.max_file_bytes),
+        batches=None,
+    )
+    app.state.service = service
+    lease = await models.acquire(models.default.name)
+    lease.release()
+    tasks = [asyncio.create_task(spent.run())]
+    if settings.idle_unload is not None:
+        tasks.append(asyncio.create_task(_unload_idle(models, settings.idle_unload)))
+    service.ready = True
+    if on_ready:
+        on_ready(service)
+    try:
+        yield
+    finally:
+        service.ready = False
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await models.close()
+        await asyncio.to_thread(spent.flush)
+        await asyncio.to_thread(store.close)
+
+
+async def _unload_idle(models: Models, seconds: float) -> None:
+    while True:
+        await asyncio.sleep(min(seconds, _IDLE_CHECK_SECONDS))
+        await models.unload_idle(seconds)
+
+
+def _handle_errors(app: FastAPI) -> None:
+    def answer(request: Request, error: ApiError) -> Response:
+        body = error_body(request.url.path, error, request_id())
+        return JSONResponse(body, status_code=error.status, headers=error.headers)
+
+    @app.exception_handler(PronkError)
+    async def pronk_error(request: Request, error: PronkError) -> Response:
+        return answer(request, api_error_of(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return answer(request, validation_error(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        words = {404: f"no such route: {request.method} {request.url.path}",
+                 405: f"{request.method} is not a method of {request.url.path}"}  # fmt: skip
+        message = words.get(error.status_code, str(error.detail))
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        return answer(
+            request, ApiError(error.status_code, message, code=code, headers=error.headers)
+        )
+
+    @app.exception_handler(ClientGone)
+    async def gone(request: Request, error: ClientGone) -> Response:
+        return Response(status_code=499)  # nobody reads it

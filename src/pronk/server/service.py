@@ -1,0 +1,130 @@
+"""What the routes work with, and one call of them."""
+
+import asyncio
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from fastapi import Request
+
+from pronk.server.auth import Caller
+from pronk.server.disk import Files
+from pronk.server.errors import ApiError
+from pronk.server.keys import Keys
+from pronk.server.limits import Limits, Ticket, ticket_of
+from pronk.server.logs import current_request
+from pronk.server.metrics import Metrics
+from pronk.server.models import Lease, Models
+from pronk.server.settings import ServerSettings
+from pronk.server.store import Store
+from pronk.server.usage import Usage
+
+if TYPE_CHECKING:
+    from pronk.server.batches import Batches
+
+Result = TypeVar("Result")
+
+BATCH_PRIORITY = 1
+"""Of work that nobody waits for; live requests have 0."""
+
+
+@dataclass(slots=True)
+class Service:
+    """Lies in `app.state.service`."""
+
+    settings: ServerSettings
+    models: Models
+    store: Store
+    metrics: Metrics
+    usage: Usage
+    keys: Keys | None
+    limits: Limits
+    files: Files
+    batches: "Batches | None" = None
+    ready: bool = False
+    """Whether the first model is loaded."""
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Somebody's request to the service: over HTTP, or a line of a batch."""
+
+    service: Service
+    caller: Caller
+    priority: int = 0
+    http: Request | None = None
+    """Whose client may go away."""
+
+    @staticmethod
+    def of(request: Request, caller: Caller) -> "Call":
+        return Call(request.app.state.service, caller, http=request)
+
+    @property
+    def ticket(self) -> Ticket | None:
+        return None if self.http is None else ticket_of(self.http)
+
+    async def model(self, name: str) -> Lease:
+        """The model of that name, which the caller may use; to be released."""
+        entry, adapter = self.service.models.find(name)
+        self.caller.check_model(*filter(None, [adapter]), entry.name, *entry.aliases)
+        lease = await self.service.models.acquire(name)
+        if info := current_request():
+            info.model = lease.name
+        return lease
+
+    def deadline(self, seconds: float | None) -> float | None:
+        """On the clock of the engine: what was asked for, at most what the settings allow."""
+        limits = [s for s in (seconds, self.service.settings.request_timeout) if s is not None]
+        return time.monotonic() + min(limits) if limits else None
+
+    def reserve(self, tokens: int) -> None:
+        """Books what the call may take against the limits of its key."""
+        if ticket := self.ticket:
+            ticket.reserve(tokens)
+
+    def book(
+        self, model: str, *, prompt_tokens: int, completion_tokens: int, reason: str | None
+    ) -> None:
+        """Counts what the call has taken. Never waits."""
+        if info := current_request():
+            info.model, info.finish_reason = model, reason
+            info.prompt_tokens = (info.prompt_tokens or 0) + prompt_tokens
+            info.completion_tokens = (info.completion_tokens or 0) + completion_tokens
+        if ticket := self.ticket:
+            ticket.spend(prompt_tokens + completion_tokens)
+        self.service.usage.add(
+            self.caller.id, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens
+        )
+
+    async def unless_gone(self, work: Awaitable[Result]) -> Result:
+        """The result of `work`; a client that goes away before cancels it (ClientGone)."""
+        task = asyncio.ensure_future(work)
+        if self.http is None:
+            return await task
+        watch = asyncio.ensure_future(_disconnected(self.http))
+        try:
+            await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise ClientGone
+        finally:
+            for one in (task, watch):
+                one.cancel()
+            await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    """Waits until a client has gone whose request's body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def refuse(condition: bool, param: str, why: str) -> None:
+    """400 for what the types of a body cannot say."""
+    if condition:
+        raise ApiError(400, f"{param}: {why}", param=param)

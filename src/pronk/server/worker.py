@@ -1,0 +1,118 @@
+"""The thread that steps one engine. Everybody else hands it requests and is woken when they have
+moved on; what a request has become is read from the request itself, whose lists only grow."""
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+from pronk.core.errors import PronkError
+from pronk.engine.engine import Engine, Event
+from pronk.engine.request import Request
+
+log = logging.getLogger(__name__)
+
+_MOST_FAILURES = 3
+"""Steps that raise one after another; then all requests end with what was raised."""
+
+Wake = Callable[[], None]
+
+
+class Worker:
+    """Made in the event loop that its users run in; any thread may call it."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._inbox: queue.SimpleQueue[Callable[[], Sequence[Event]]] = queue.SimpleQueue()
+        self._wakes: dict[Request, Wake] = {}
+        self._closing = False
+        self._failures = 0
+        self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Sequence[Request], wake: Wake) -> None:
+        """Queues requests. `wake` is called in the event loop whenever one of them has moved on;
+        one that is refused has ended with its error by then."""
+
+        def add() -> Sequence[Event]:
+            return [event for r in requests if (event := self._add(r, wake))]
+
+        self._inbox.put(add)
+
+    def cancel(self, requests: Sequence[Request]) -> None:
+        """Ends requests where they stand, as soon as the step that runs is done."""
+
+        def abort() -> Sequence[Event]:
+            ended = [request for request in requests if self.engine.abort(request)]
+            return [Event(request, (), "", "abort") for request in ended]
+
+        self._inbox.put(abort)
+
+    def close(self) -> None:
+        """Ends all requests and the thread; waits for the step that runs."""
+
+        def end() -> Sequence[Event]:
+            self._closing = True
+            return self.engine.fail_all(PronkError("the server is stopping"))
+
+        self._inbox.put(end)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing:
+            events = self._handed(wait=not self.engine.has_work)
+            if not self._closing and self.engine.has_work:
+                events += self._step()
+            self._tell(events)
+
+    def _handed(self, wait: bool) -> list[Event]:
+        """Does what was handed over since the last step; without other work, waits for it."""
+        events: list[Event] = []
+        while not self._closing:
+            try:
+                work = self._inbox.get(block=wait)
+            except queue.Empty:
+                break
+            events += work()
+            wait = False
+        return events
+
+    def _add(self, request: Request, wake: Wake) -> Event | None:
+        self._wakes[request] = wake
+        try:
+            self.engine.add(request)
+        except Exception as error:
+            request.end("error", error)
+            return Event(request, (), "", "error")
+        return None
+
+    def _step(self) -> Sequence[Event]:
+        try:
+            events = self.engine.step()
+            self._failures = 0
+            return events
+        except Exception as error:
+            self._failures += 1
+            log.exception("a step failed")
+            if self._failures < _MOST_FAILURES:
+                return []
+            self._failures = 0
+            return self.engine.fail_all(PronkError(f"the engine failed: {type(error).__name__}"))
+
+    def _tell(self, events: Sequence[Event]) -> None:
+        wakes = dict.fromkeys(self._wakes[e.request] for e in events if e.request in self._wakes)
+        for event in events:
+            if event.finish_reason is not None:
+                self._wakes.pop(event.request, None)
+        if not wakes:
+            return
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(_call_all, tuple(wakes))
+
+
+def _call_all(wakes: Sequence[Wake]) -> None:
+    for wake in wakes:
+        wake()
