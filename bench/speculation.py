@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -36,7 +37,8 @@ from pronk.checkpoints.open import open_checkpoint
 from pronk.checkpoints.pull import locate
 from pronk.core.errors import PronkError, UserError
 from pronk.engine.draft import Speculator
-from pronk.engine.draft_model import DraftModel, Shadow, check_same_vocabulary
+from pronk.engine.draft_file import check_same_vocabulary
+from pronk.engine.draft_model import DraftModel, Shadow
 from pronk.engine.engine import Computes, Engine
 from pronk.engine.estimates import Costs
 from pronk.engine.load import load_model, load_tokenizer, need_of, use_threads
@@ -257,11 +259,13 @@ def measure_random(bench: Bench, model: Model, args: argparse.Namespace) -> None
     answer = timed(model.engine("without"), make()).answers[0]
     for right in args.right:
         rehearsed = Rehearsed(answer, right)
-        engines = {"without": lambda: model.engine("without")}
-        engines["lookup"] = lambda r=rehearsed: model.engine("lookup", r)  # type: ignore[misc]
+        engines = {
+            "without": partial(model.engine, "without"),
+            "lookup": partial(model.engine, "lookup", rehearsed),
+        }
         if model.draft is not None:
             drawn = dataclasses.replace(model, draft=RehearsedModel(model.draft, rehearsed))
-            engines["draft"] = lambda m=drawn: m.engine("draft", Rehearsed((), 0))  # type: ignore[misc]
+            engines["draft"] = partial(drawn.engine, "draft", Rehearsed((), 0))
         task = Task(SET, f"{100 * right:.0f} % of guesses right", (), {})
         bench.measure(model, task, make, args.random_runs, engines)
 
@@ -272,7 +276,7 @@ def measure_tasks(bench: Bench, model: Model, args: argparse.Namespace) -> None:
         warm = Task("", "", (story("a king"), story("a queen")), {**GREEDY, "max_tokens": 64})
         timed(model.engine(way), maker(model.tokenizer, warm)())
     for task in tasks():
-        engines = {way: lambda w=way: model.engine(w) for way in ways}  # type: ignore[misc]
+        engines = {way: partial(model.engine, way) for way in ways}
         bench.measure(model, task, maker(model.tokenizer, task), args.r, engines)
 
 

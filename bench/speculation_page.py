@@ -78,10 +78,9 @@ def _without_kind(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _page(runs: Sequence[Run], machines: Iterable[Mapping[str, str]]) -> Iterator[str]:
     yield HEAD
-    for text in dict.fromkeys(
+    yield from dict.fromkeys(
         f"Machine: {m['processor']}, {m['threads']}, Python {m['python']}." for m in machines
-    ):
-        yield text
+    )
     for group in dict.fromkeys(run.group for run in runs):
         yield f"\n## {group}\n"
         yield f"{ABOUT.get(group, '')}\n"

@@ -215,7 +215,7 @@ def fake_engine(
 
 
 def check_shadows(engine: Engine, drafter: DraftModel) -> None:
-    """Only running requests have one, and the draft model's blocks are in its shadows or nowhere."""
+    """Only running requests have one, and all blocks are in shadows or nowhere."""
     assert set(drafter.shadows) <= set(engine.scheduler.running)
     held = [block for shadow in drafter.shadows.values() for block in shadow.blocks]
     references = {block: n for block, n in enumerate(drafter.pool._refs) if n}
@@ -372,7 +372,7 @@ def test_within_a_grammar(files: Mapping[str, Path], draft: str) -> None:
     found = []
     for options in ({"speculate": False}, {"draft": files[draft]}):
         with LLM(files["model"], backend="reference", **options) as llm:  # type: ignore[arg-type]
-            engine = llm._open_engine()
+            engine = llm.engine
             speculator = engine._speculator
             if speculator is not None:
                 assert isinstance(speculator.drafter, DraftModel)
@@ -418,7 +418,7 @@ def test_another_vocabulary_is_refused(files: Mapping[str, Path], tmp_path: Path
         f"draft: its token {at} is b'<|no_start_header_id|>' (special), that of the model"
         " b'<|start_header_id|>' (special); a draft model needs the vocabulary of the model"
     )
-    with pytest.raises(UserError, match="draft: .*nothing to do without speculate"):
+    with pytest.raises(UserError, match=r"draft: .*nothing to do without speculate"):
         LLM(files["model"], backend="reference", draft=files["another"], speculate=False)
     with pytest.raises(UserError):
         LLM(files["model"], backend="reference", draft=tmp_path / "missing.gguf")

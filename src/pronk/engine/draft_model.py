@@ -12,19 +12,14 @@ A wrong draft is not undone; the right tokens overwrite it when they are compute
 import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from pronk.backends.protocol import BLOCK, SampleParams
-from pronk.core.errors import UserError
 from pronk.engine.blocks import BlockPool, blocks_for, extend_keys
 from pronk.engine.draft import MOST_DRAFT, SYNCHRONOUS, Wanted
 from pronk.engine.engine import Computes
 from pronk.engine.estimates import Costs
 from pronk.engine.request import Constraint, Request
 from pronk.engine.scheduler import Slice
-
-if TYPE_CHECKING:
-    from pronk.text.tokenizer import Tokenizer
 
 
 class Shadow(Request):
@@ -157,7 +152,7 @@ class DraftModel:
 
     def reset(self) -> None:
         self.shadows = {}
-        self.pool = BlockPool(self.pool.n_blocks, prefix_cache=self._prefix_cache)
+        self.pool.forget_references()
 
     def _step(self, requests: Sequence[Request], drafts: Mapping[Request, list[int]]) -> None:
         """One more token for each request. The shadow of one that cannot go on has nothing left to
@@ -202,24 +197,3 @@ class DraftModel:
         for i in range(shadow.published, full):
             self.pool.publish(shadow.blocks[i], shadow.keys[i])
         shadow.published = full
-
-
-def check_same_vocabulary(tokenizer: "Tokenizer", draft: "Tokenizer") -> None:
-    """Raises UserError with the first token that differs: drafts are ids."""
-    for id in range(min(tokenizer.vocab_size, draft.vocab_size)):
-        ours = tokenizer.token_bytes(id), tokenizer.is_special(id)
-        theirs = draft.token_bytes(id), draft.is_special(id)
-        if ours != theirs:
-            raise UserError(
-                f"draft: its token {id} is {_shown(*theirs)}, that of the model {_shown(*ours)};"
-                " a draft model needs the vocabulary of the model"
-            )
-    if tokenizer.vocab_size != draft.vocab_size:
-        raise UserError(
-            f"draft: it has {draft.vocab_size} tokens, the model {tokenizer.vocab_size};"
-            " a draft model needs the vocabulary of the model"
-        )
-
-
-def _shown(token: bytes, special: bool) -> str:
-    return f"{token!r} (special)" if special else repr(token)
