@@ -19,7 +19,7 @@ from typing import Protocol
 from weakref import WeakKeyDictionary
 
 from pronk.engine.estimates import Budget, Costs, Rate
-from pronk.engine.lookup import LONGEST_MATCH, Lookup
+from pronk.engine.lookup import LONGEST_MATCH, READ_BESIDE_PROMPT, READ_BESIDE_TOKEN, Lookup
 from pronk.engine.plan import Guess, Plan, make_plan, may_pay
 from pronk.engine.request import Request
 
@@ -123,7 +123,8 @@ class Speculator:
 
     def prepare(self, requests: Iterable[Request]) -> None:
         """Reads texts while their prompts are computed."""
-        self._lookup.read(request for request in requests if request.params is not None)
+        reading = (request for request in requests if request.params is not None)
+        self._lookup.read(reading, READ_BESIDE_PROMPT)
 
     def propose(self, requests: Iterable[Request], room: int) -> Mapping[Request, Sequence[int]]:
         """Tokens to compute behind the newest one of each request that is about to draw, `room` of
@@ -131,7 +132,7 @@ class Speculator:
         requests = list(requests)
         self._made = {}
         self._n_steps += 1
-        self._lookup.read(requests)
+        self._lookup.read(requests, READ_BESIDE_TOKEN)
         rows = len(requests)
         trial = self.costs.of(rows + _TRIED) - self.costs.of(rows)
         if room < 1:
