@@ -82,7 +82,7 @@ class _Record:
 
     model: Rate
     forced: Rate = field(default_factory=lambda: Rate(19, 20))
-    lookup: Rate = field(default_factory=lambda: Rate(1.5, 2))
+    lookup: Rate = field(default_factory=lambda: Rate(1.8, 2))
     tried_at: int = 0
 
 
@@ -109,7 +109,7 @@ class Speculator:
         self.drafted = self.accepted = 0
         self._lookup = Lookup() if lookup is None else lookup
         self._records: WeakKeyDictionary[Request, _Record] = WeakKeyDictionary()
-        self._by_length = [Rate(1 + 0.1 * n, 3) for n in range(LONGEST_MATCH + 1)]
+        self._by_length = [Rate(min(1 + 0.12 * n, 2.8), 3) for n in range(LONGEST_MATCH + 1)]
         self._by_model, self._by_grammar = Rate(2, 3), Rate(19, 20)
         self._made: dict[Request, Guess] = {}
         self._trials, self._model_trials = Budget(0.01), Budget(0.03)

@@ -23,13 +23,26 @@ class Rate:
 
 
 class Costs:
-    """Seconds of a step that only decodes, by the number of its rows."""
+    """Seconds of a step that only decodes, by the number of its rows.
+
+    A machine that others use is now fast and now slow, and some numbers of rows occur in every
+    step, others hardly ever. So what a step took says something about all of them (the pace) and
+    something about its own number. What is slower than expected counts for less than what is
+    faster: a step may always be interrupted."""
 
     _GUESSED_SLOPE = 0.1
     """Of the cost of the nearest known number of rows, for each further row."""
+    _FASTER, _SLOWER = 0.3, 0.1
+    """How much of a surprise (in logarithms) is believed."""
+    _PACE = 0.67
+    """How much of that concerns all numbers of rows."""
+    _MOST = 3.0
+    """Times slower or faster that a surprise counts at most."""
 
     def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
+        self._pace = 1.0
+        self._shape: dict[int, float] = {}
+        """Seconds at a pace of 1."""
         self._known: list[int] = []
         """Its keys in order."""
 
@@ -38,16 +51,17 @@ class Costs:
         return bool(self._known)
 
     def book(self, rows: int, seconds: float) -> None:
-        """A step that the system interrupted says little about the next one, so what is new counts
-        for a fifth, and for three times what was expected at most."""
-        known = self._seconds.get(rows)
-        if known is not None:
-            seconds = 0.8 * known + 0.2 * min(seconds, 3 * known)
-        elif self._known:
-            seconds = min(seconds, 3 * self.of(rows))
-        if known is None:
+        expected = self.of(rows)
+        if rows not in self._shape:
+            if self._known:
+                seconds = min(seconds, self._MOST * expected)
+            self._shape[rows] = seconds / self._pace
             insort(self._known, rows)
-        self._seconds[rows] = seconds
+            return
+        surprise = min(max(seconds / expected, 1 / self._MOST), self._MOST)
+        weight = self._FASTER if surprise < 1 else self._SLOWER
+        self._pace *= surprise ** (weight * self._PACE)
+        self._shape[rows] *= surprise ** (weight * (1 - self._PACE))
 
     def of(self, rows: int) -> float:
         """Seconds, from the numbers of rows around this one where it has not occurred yet; 1 and a
@@ -57,13 +71,14 @@ class Costs:
             return 1 + self._GUESSED_SLOPE * (rows - 1)
         at = bisect_left(known, rows)
         if at == len(known):
-            return self._seconds[known[-1]] * (1 + self._GUESSED_SLOPE * (rows - known[-1]))
+            further = 1 + self._GUESSED_SLOPE * (rows - known[-1])
+            return self._pace * self._shape[known[-1]] * further
         more = known[at]
         if more == rows or not at:
-            return self._seconds[more]
+            return self._pace * self._shape[more]
         fewer = known[at - 1]
-        low, high = self._seconds[fewer], self._seconds[more]
-        return low + (high - low) * (rows - fewer) / (more - fewer)
+        low, high = self._shape[fewer], self._shape[more]
+        return self._pace * (low + (high - low) * (rows - fewer) / (more - fewer))
 
 
 class Budget:
