@@ -254,7 +254,7 @@ def measure_random(bench: Bench, model: Model, args: argparse.Namespace) -> None
     params = SamplingParams(temperature=0.0, max_tokens=args.n, ignore_eos=True)
 
     def make() -> list[Request]:
-        return [Request(range(1000, 1032), params)]
+        return [Request(range(32, 64), params)]
 
     answer = timed(model.engine("without"), make()).answers[0]
     for right in args.right:
