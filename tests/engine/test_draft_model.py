@@ -159,6 +159,23 @@ def test_a_failing_drafter_is_reported_once_and_not_asked_again(
     assert speculator.drafter is None
 
 
+@pytest.mark.parametrize("method", ["lag", "catch_up", "draft"])
+def test_whatever_fails_in_a_drafter_fails_no_request(
+    method: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, drafter = fake_engine(100, 100, 10_000)
+
+    def fails(*arguments: object) -> None:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(drafter, method, fails)
+    asked = [Request([i] * 50, SamplingParams(max_tokens=40)) for i in range(3)]
+    engine.run(asked)
+    assert [request.output for request in asked] == [expected([i] * 50, 40) for i in range(3)]
+    assert len(caplog.records) == 1
+    assert "broken" in caplog.text
+
+
 def test_a_draft_that_cannot_be_drawn_concerns_its_request_only() -> None:
     ops: Any = select_backend("reference")
     weights = load_model(random_checkpoint(), ops, n_positions=CONFIG.context)

@@ -291,7 +291,11 @@ class Speculator:
         return self._model_seconds(8) / 8 if known is None else known
 
     def _lag(self, request: Request) -> int | None:
-        return None if self.drafter is None else self.drafter.lag(request)
+        try:
+            return None if self.drafter is None else self.drafter.lag(request)
+        except Exception:
+            self._dismiss()
+            return None
 
     def _catch_up(self, lagging: Mapping[Request, int]) -> None:
         """Lets the drafter read what it has missed of one request, where its guesses are expected

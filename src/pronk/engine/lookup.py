@@ -16,8 +16,8 @@ GRAM = 3
 LONGEST_MATCH = 16
 """Longer agreements count as this long."""
 READ_BESIDE_PROMPT, READ_BESIDE_TOKEN = 2048, 256
-"""Most tokens of a text that are entered into an index in a step that reads prompts, and in one that
-only writes: about 1 ms and 0.1 ms."""
+"""Most tokens of a text that are entered into an index in a step that reads prompts, and in one
+that only writes: about 1 ms and 0.1 ms."""
 _CANDIDATES = 8
 """Most recent places of a gram that are compared with what was written last."""
 _HISTORY = 1 << 16
