@@ -270,6 +270,32 @@ def test_only_so_much_is_remembered() -> None:
         assert len(lookup._histories[b""].ids) < 80_000
 
 
+def test_a_copy_goes_on_after_a_change() -> None:
+    """One token instead of another, one more, two fewer; not far away, and not for ever."""
+    text = list(range(100, 160))
+    cases = {
+        (*text[:10], 7, text[11]): (text[12:15], 1),
+        (*text[:10], 7, text[10]): (text[11:14], 1),
+        (*text[:10], text[12]): (text[13:16], 1),
+        (*text[:10], 7, text[11], text[12]): (text[13:16], 2),
+        (*text[:10], 7): ([], 0),
+        (*text[:10], text[40]): ([], 0),
+    }
+    for answer, wanted in cases.items():
+        lookup, request = Lookup(), request_of(text)
+        for token in answer:
+            request.ids.append(token)
+            lookup.read([request], 100)
+            found = lookup.find(request, (), 3)
+        assert found == wanted, answer
+    lookup, request = Lookup(), request_of(text)
+    for token in [*text[:10], *range(1, 9), text[12]]:
+        request.ids.append(token)
+        lookup.read([request], 100)
+        found = lookup.find(request, (), 3)
+    assert found == ([], 0)
+
+
 # Plans
 
 

@@ -7,12 +7,13 @@ Prompt lookup: Saxena 2023. By suffix over earlier outputs: SuffixDecoding (Olia
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from pronk.engine.request import Request
 
 GRAM = 3
-"""Tokens that must agree before anything is guessed."""
+"""Tokens that must agree before anything is guessed, but for a copy that goes on after a change."""
 LONGEST_MATCH = 16
 """Longer agreements count as this long."""
 READ_BESIDE_PROMPT, READ_BESIDE_TOKEN = 2048, 256
@@ -24,6 +25,8 @@ _HISTORY = 1 << 16
 """Tokens of finished answers that are kept for requests of one salt."""
 _HISTORIES = 8
 """Salts for which answers are kept."""
+_CHANGED = 8
+"""Tokens of a change in a copy at most, and how far from where it would go on it is looked for."""
 _BITS = 20
 """Of a token id in the key of a gram. Ids that agree in these are told apart when texts are
 compared."""
@@ -84,6 +87,16 @@ def _key(tokens: Sequence[int]) -> int:
     return gram
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a text was found to be a copy."""
+
+    source: SuffixIndex
+    at: int
+    """Of the token there that is the `number`-th of the text, if it goes on like this."""
+    number: int
+
+
 class Lookup:
     """The texts that are looked at: each request's own, and finished answers. Requests of different
     salts share no answers, since how fast one comes would tell of the other."""
@@ -91,6 +104,7 @@ class Lookup:
     def __init__(self) -> None:
         self._own: WeakKeyDictionary[Request, SuffixIndex] = WeakKeyDictionary()
         self._histories: OrderedDict[bytes, SuffixIndex] = OrderedDict()
+        self._places: WeakKeyDictionary[Request, _Place] = WeakKeyDictionary()
 
     def read(self, requests: Iterable[Request], most: int) -> None:
         """Gets to know the texts of requests, `most` tokens of each at once."""
@@ -113,6 +127,11 @@ class Lookup:
             other, agreed = history.find(tail)
             if agreed > length:
                 at, length, source = other, agreed, history
+        number = request.known + len(behind)
+        if source is not None and length:
+            self._places[request] = _Place(source, at, number)
+        elif place := self._places.get(request):
+            source, (at, length) = place.source, _resume(place, number, tail)
         if source is None or not length or most < 1:
             return [], 0
         tokens = source.ids[at : at + most].tolist()
@@ -139,3 +158,17 @@ class Lookup:
         self._histories.move_to_end(request.salt)
         if len(self._histories) > _HISTORIES:
             self._histories.popitem(last=False)
+
+
+def _resume(place: _Place, number: int, tail: Sequence[int]) -> tuple[int, int]:
+    """Where a copy goes on after a few tokens that were not copied, with one or two tokens that
+    agree again, nearest to where it would be if as many had been put in as left out."""
+    if number - place.number > _CHANGED:
+        return 0, 0
+    ids, expected = place.source.ids, place.at + number - place.number
+    low, high = max(1, expected - _CHANGED), min(len(ids) - 1, expected + _CHANGED)
+    ends = [at for at in range(low, high + 1) if ids[at - 1] == tail[-1]]
+    if not ends:
+        return 0, 0
+    two = [at for at in ends if at > 1 and ids[at - 2] == tail[-2]]
+    return min(two or ends, key=lambda at: abs(at - expected)), 2 if two else 1
