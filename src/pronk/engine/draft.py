@@ -30,6 +30,8 @@ SYNCHRONOUS = 32
 """A drafter that lags behind by no more tokens computes them together with its first guess."""
 _SURE = 0.98
 """No guess is surer than this."""
+_LONG = 8
+"""Tokens that agree before a text counts as copied."""
 _TRIED = 4
 """Tokens of a trial."""
 _WRITES = 32
@@ -82,8 +84,14 @@ class _Record:
 
     model: Rate
     forced: Rate = field(default_factory=lambda: Rate(19, 20))
-    lookup: Rate = field(default_factory=lambda: Rate(1.8, 2))
+    short: Rate = field(default_factory=lambda: Rate(1.8, 2))
+    """Of what was found with few tokens that agree."""
+    long: Rate = field(default_factory=lambda: Rate(1.9, 2))
     tried_at: int = 0
+
+    def lookup(self, length: int) -> Rate:
+        """One coincidence says little about a long copy."""
+        return self.long if length >= _LONG else self.short
 
 
 @dataclass(slots=True)
@@ -165,7 +173,7 @@ class Speculator:
         if guess.by_model:
             rates = record.model, self._by_model
         else:
-            rates = record.lookup, self._by_length[guess.length]
+            rates = record.lookup(guess.length), self._by_length[guess.length]
         source = "model" if guess.by_model else "lookup"
         self._learn(source, n_drafted - n_forced, n_accepted, *rates)
 
@@ -215,7 +223,7 @@ class Speculator:
         if not tokens:
             return None
         forced = min(self._by_grammar.value, record.forced.value, _SURE)
-        found_right = min(self._by_length[length].value, record.lookup.value, _SURE)
+        found_right = min(self._by_length[length].value, record.lookup(length).value, _SURE)
         chances = [forced] * n_forced + [found_right] * (len(tokens) - n_forced)
         return Guess(request, tokens, n_forced, length, chances)
 
