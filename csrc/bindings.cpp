@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -32,6 +33,7 @@ template <int N>
 using Ints = nb::ndarray<const int32_t, nb::ndim<N>, nb::device::cpu, nb::c_contig>;
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::device::cpu>;
 using Run = nb::ndarray<const uint8_t, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
+using WritableRun = nb::ndarray<uint8_t, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
 // [T][heads][D], rows any stride apart: a slice of the merged q, k, v
 using Heads = nb::ndarray<float, nb::ndim<3>, nb::device::cpu>;
 
@@ -133,8 +135,50 @@ class KvMemory {
 
     const KvLayer& kv() const { return kv_; }
     size_t nbytes() const { return k_->size() + v_->size() + (scales_ ? scales_->size() : 0); }
+    size_t block_bytes() const { return nbytes() / kv_.n_blocks; }
+
+    // All that is stored of the positions of one block: keys, values, and scales where there are any.
+    void read_block(int64_t block, const WritableRun& out) const {
+        check_block(block, out.shape(0));
+        uint8_t* to = out.data();
+        nb::gil_scoped_release release;
+        each_part(block, [&](uint8_t* part, size_t bytes) {
+            std::memcpy(to, part, bytes);
+            to += bytes;
+        });
+    }
+
+    void write_block(int64_t block, const Run& data) {
+        check_block(block, data.shape(0));
+        const uint8_t* from = data.data();
+        nb::gil_scoped_release release;
+        each_part(block, [&](uint8_t* part, size_t bytes) {
+            std::memcpy(part, from, bytes);
+            from += bytes;
+        });
+    }
 
   private:
+    void check_block(int64_t block, size_t bytes) const {
+        require(block >= 0 && block < kv_.n_blocks, "kv: block outside the cache");
+        require(bytes == block_bytes(), "kv: not as many bytes as a block has");
+    }
+
+    // Calls use(part, bytes) for what a block has in each of the arrays.
+    template <class Use>
+    void each_part(int64_t block, const Use& use) const {
+        const auto part = [&](uint8_t* array, size_t array_bytes) {
+            const size_t bytes = array_bytes / kv_.n_blocks;
+            use(array + block * bytes, bytes);
+        };
+        part(k_->data(), k_->size());
+        part(v_->data(), v_->size());
+        if (!scales_) return;
+        const size_t half = scales_->size() / 2;
+        part(scales_->data(), half);
+        part(scales_->data() + half, half);
+    }
+
     std::unique_ptr<Memory> k_, v_, scales_;
     KvLayer kv_;
 };
@@ -338,7 +382,10 @@ NB_MODULE(_cpu, m) {
         .def_prop_ro("nbytes", &PackedWeight::nbytes);
     nb::class_<KvMemory>(m, "KvMemory")
         .def(nb::init<int64_t, int64_t, int64_t, const std::string&>(), "n_blocks"_a, "heads"_a, "head_dim"_a, "dtype"_a)
-        .def_prop_ro("nbytes", &KvMemory::nbytes);
+        .def_prop_ro("nbytes", &KvMemory::nbytes)
+        .def_prop_ro("block_bytes", &KvMemory::block_bytes)
+        .def("read_block", &KvMemory::read_block, "block"_a, "out"_a.noconvert())
+        .def("write_block", &KvMemory::write_block, "block"_a, "data"_a.noconvert());
 
     nb::class_<PyStack>(m, "Stack")
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, float, const ConstFloats<1>&, const ConstFloats<3>&>(), "heads"_a,

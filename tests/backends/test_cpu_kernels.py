@@ -401,3 +401,72 @@ def test_blocks_outside_the_cache_are_refused(block: int) -> None:
     context.blocks[0, 1] = block
     with pytest.raises(ValueError, match="block outside"):
         context.whole("cpu")
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("head_dim", [8, 40, 64])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_blocks_are_copied_whole(backend: str, head_dim: int, kv_dtype: KvDtype) -> None:
+    """A block that is read and written into another cache, at another place, gives attention the
+    same bits; the blocks beside it stay as they are."""
+    ops = cpu if backend == "cpu" else reference
+    config = ModelConfig(
+        vocab_size=10, dim=2 * head_dim, n_layers=3, n_heads=2, n_kv_heads=2, head_dim=head_dim,
+        ffn_dim=64, norm_eps=1e-5, rope_theta=10_000.0, context=256,
+    )  # fmt: skip
+    rng = np.random.default_rng(3)
+    one, other = (ops.make_kv(config, n, kv_dtype) for n in (3, 5))
+
+    def attend(layer: object, blocks: list[int], start: int, stop: int) -> F32:
+        q, k, v = rng.standard_normal((3, stop - start, 2, head_dim)).astype(np.float32)
+        batch = Batch(
+            np.arange(start, stop, dtype=np.int32),
+            np.array([0, stop - start], np.int32),
+            np.array([stop], np.int32),
+            np.array([blocks], np.int32),
+        )
+        found: F32 = ops.attention(q, k, v, layer, batch)
+        return found
+
+    for layer in one:
+        attend(layer, [1, 2], 0, 2 * BLOCK)
+    for layer in other:
+        attend(layer, [0, 1, 2, 3, 4], 0, 5 * BLOCK)
+    before = [ops.read_block(other, b).tobytes() for b in range(5)]
+    moved = [ops.read_block(one, b) for b in (1, 2)]
+    assert len(moved[0]) == ops.block_bytes(one) == ops.block_bytes(other)
+    if head_dim % 16 == 0:
+        assert len(moved[0]) == ops.kv_bytes(config, 1, kv_dtype)
+    moved[0].flags.writeable = False  # as from a file
+    ops.write_block(other, 3, moved[0])
+    ops.write_block(other, 0, moved[1])
+    after = [ops.read_block(other, b).tobytes() for b in range(5)]
+    assert after == [moved[1].tobytes(), before[1], before[2], moved[0].tobytes(), before[4]]
+    state = rng.bit_generator.state
+    for mine, theirs in zip(one, other, strict=True):
+        rng.bit_generator.state = state
+        here = attend(mine, [1, 2, 0], 2 * BLOCK, 2 * BLOCK + 3)
+        rng.bit_generator.state = state
+        there = attend(theirs, [3, 0, 2], 2 * BLOCK, 2 * BLOCK + 3)
+        np.testing.assert_array_equal(here, there)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_blocks_outside_a_cache_are_refused(backend: str, kv_dtype: KvDtype) -> None:
+    ops = cpu if backend == "cpu" else reference
+    config = ModelConfig(
+        vocab_size=10, dim=16, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=8, ffn_dim=64,
+        norm_eps=1e-5, rope_theta=10_000.0, context=256,
+    )  # fmt: skip
+    kv = ops.make_kv(config, 3, kv_dtype)
+    whole = np.full(ops.block_bytes(kv), 7, np.uint8)
+    for block in (-1, 3, 1 << 40):
+        with pytest.raises(ValueError, match="outside the cache"):
+            ops.read_block(kv, block)
+        with pytest.raises(ValueError, match="outside the cache"):
+            ops.write_block(kv, block, whole)
+    for data in (whole[:-1], np.append(whole, whole), whole[:0]):
+        with pytest.raises(ValueError, match="not as many bytes"):
+            ops.write_block(kv, 0, data)
+    assert not any(ops.read_block(kv, b).any() for b in range(3))

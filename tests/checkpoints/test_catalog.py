@@ -54,6 +54,29 @@ def test_llama_entries_state_what_the_reference_says() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("smollm2:135m", "smollm2-135m"),
+        ("smollm2:135m-instruct", "smollm2-135m"),
+        ("llama3.1", "llama-3.1-8b-instruct"),
+        ("llama3.1:8b", "llama-3.1-8b-instruct"),
+        ("llama3.1:8b-instruct", "llama-3.1-8b-instruct"),
+        ("llama3.1:8b-text", "llama-3.1-8b"),
+        ("Llama3.1:70B", "llama-3.1-70b-instruct"),
+        ("llama3.1:405b", "llama-3.1-405b-instruct"),
+        ("llama3.2", "llama-3.2-3b-instruct"),
+        ("llama3.2:1b", "llama-3.2-1b-instruct"),
+        ("llama3.2:1b-text", "llama-3.2-1b"),
+        ("llama3.3", "llama-3.3-70b-instruct"),
+        ("llama-guard3", "llama-guard-3-8b"),
+        ("llama-guard3:1b", "llama-guard-3-1b"),
+    ],
+)
+def test_names_of_ollama(name: str, entry: str) -> None:
+    assert resolve_model(name).entry is CATALOG[entry]
+
+
 def test_the_default_model_is_what_the_catalog_says(smollm2_path: Path) -> None:
     entry = CATALOG[DEFAULT_MODEL]
     assert isinstance(entry.source, WheelSource)

@@ -206,8 +206,13 @@ def test_removing_a_model_removes_its_packed_weights(fake: FakeHub) -> None:
     for layout in layouts:
         layout.parent.mkdir(parents=True, exist_ok=True)
         layout.write_bytes(bytes(5000))
+    kept = [cache.kv_folder(pull.pull(ref).path, "00") for ref in (small, large)]
+    for folder in kept:
+        folder.mkdir(parents=True)
+        (folder / "block").write_bytes(bytes(700))
     assert pull.remove(small) >= 5000
     assert [layout.exists() for layout in layouts] == [False, True]
+    assert [folder.exists() for folder in kept] == [False, True]
 
 
 def test_removing_a_repository_empties_the_hubs_cache(fake: FakeHub) -> None:

@@ -19,7 +19,8 @@ from pronk.core.errors import MemoryLimitError, PronkError, UserError
 from pronk.engine.prompts import CHAT_DEFAULTS
 
 VERBS = {
-    "bench", "chat", "generate", "key", "list", "perplexity", "pull", "rm", "show", "tokenize",
+    "bench", "chat", "generate", "key", "list", "perplexity", "pull", "rm", "serve", "show",
+    "tokenize",
 }  # fmt: skip
 
 

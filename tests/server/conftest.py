@@ -1,5 +1,7 @@
-"""Fixtures of the server's tests: a PostgreSQL of their own, on loopback, and stores."""
+"""Fixtures of the server's tests: a PostgreSQL of their own, on loopback, stores, and whole servers
+with a model."""
 
+import importlib.util
 import os
 import re
 import secrets
@@ -11,8 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from live import Live, live_server
+from openai import OpenAI
 from store_samples import Clock
 
+from engine.tiny_models import write_gguf
 from pronk.server.store import Store
 
 SYSTEM_USER = "postgres"  # made by Debian's package; the server refuses to run as root
@@ -44,6 +49,12 @@ def _as_user(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd="/", check=True, capture_output=True, text=True, **options)  # type: ignore[call-overload]
 
 
+@pytest.fixture
+def free_port() -> int:
+    """A port of loopback that nobody listens at."""
+    return _free_port()
+
+
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[str]:
     """The URL of a PostgreSQL server that lives as long as the tests, without a database's name."""
@@ -51,8 +62,9 @@ def postgres_server() -> Iterator[str]:
     if programs is None:
         _missing("no PostgreSQL: `apt-get install postgresql` gives one")
     assert programs is not None
-    pytest.importorskip("psycopg", reason="no psycopg: `pip install 'psycopg[binary]'`")
-    folder = Path(tempfile.mkdtemp(prefix="pronk-pg-", dir="/tmp"))
+    if importlib.util.find_spec("psycopg") is None:
+        _missing("no psycopg: `pip install 'psycopg[binary]'`")
+    folder = Path(tempfile.mkdtemp(prefix="pronk-pg-", dir="/tmp"))  # its user must get there
     if os.geteuid() == 0:
         shutil.chown(folder, SYSTEM_USER, SYSTEM_USER)
     data, log, password = folder / "data", folder / "log", folder / "password"
@@ -77,14 +89,15 @@ def postgres_server() -> Iterator[str]:
 
 
 @pytest.fixture
-def postgres(postgres_server: str, request: pytest.FixtureRequest) -> str:
+def postgres(postgres_server: str, request: pytest.FixtureRequest) -> Iterator[str]:
     """The URL of an empty PostgreSQL database."""
     import psycopg
 
     name = "t_" + re.sub(r"\W", "", request.node.name.lower())[:30] + secrets.token_hex(4)
     with psycopg.connect(f"{postgres_server}/postgres", autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")  # type: ignore[arg-type]
-    return f"{postgres_server}/{name}"
+        yield f"{postgres_server}/{name}"
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")  # type: ignore[arg-type]
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -121,3 +134,35 @@ def open_store(
 @pytest.fixture
 def store(open_store: Callable[[], Store]) -> Store:
     return open_store()
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A server with a model of random weights, "tiny", that has Llama 3's chat format and a context
+    of 2048 tokens, most of them single bytes."""
+    folder = tmp_path_factory.mktemp("tiny-server")
+    model = write_gguf(folder / "tiny.gguf", **{"llama.context_length": 2048})
+    with live_server([model], folder / "data") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def server_url(tiny_server: Live) -> str:
+    return tiny_server.url
+
+
+@pytest.fixture(scope="session")
+def smollm2_server(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A server with SmolLM2-135M-Instruct, "smollm2"."""
+    data = tmp_path_factory.mktemp("smollm2-server")
+    with live_server(
+        [smollm2_path], data, options={"ctx": 2048}, aliases={"smollm2": smollm2_path.stem}
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def openai_client(tiny_server: Live) -> Iterator[OpenAI]:
+    """OpenAI's own client of the server with the model "tiny"."""
+    with OpenAI(base_url=f"{tiny_server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client

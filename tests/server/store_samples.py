@@ -1,7 +1,12 @@
 """Stored objects to test with, and a clock that stands still."""
 
+import pytest
+
 from pronk.server.storage.batches import StoredBatch
 from pronk.server.store import StoredChat, StoredFile, StoredResponse
+
+ON_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+"""For tests of what never reaches the database."""
 
 
 class Clock:
@@ -30,6 +35,6 @@ def chat(id: str, owner: str = "me", **more: object) -> StoredChat:
 
 
 def batch(id: str, input: str = "file-1", owner: str = "me", **more: object) -> StoredBatch:
-    values = {"caller": {}, "endpoint": "/v1/completions", "completion_window": "24h",
+    values = {"endpoint": "/v1/completions", "completion_window": "24h",
               "created_at": 1, "expires_at": 2}  # fmt: skip
     return StoredBatch(id=id, owner=owner, input_file_id=input, **(values | more))  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """An application of some routers around a store, with two keys: those of `ME` and `YOU`."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,15 +22,28 @@ _KEYS = {
     for name in ("me", "you")
 }
 
+KEYS: Any = SimpleNamespace(find=_KEYS.get, all=list(_KEYS.values()))
+
 
 def make_app(store: Store, routers: Sequence[APIRouter], **service: Any) -> FastAPI:
-    """`service`: further attributes of the service, such as files and batches."""
-    app = FastAPI(openapi_url=None)
+    """`service`: further attributes of the service, such as files and batches; batches run as long
+    as the application does."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        batches = service.get("batches")
+        if batches is not None:
+            await batches.start()
+        yield
+        if batches is not None:
+            await batches.stop()
+
+    app = FastAPI(openapi_url=None, lifespan=lifespan)
     for router in routers:
         app.include_router(router)
     app.state.service = SimpleNamespace(
         store=store,
-        keys=SimpleNamespace(find=_KEYS.get),
+        keys=KEYS,
         metrics=SimpleNamespace(auth_failed=lambda code: None),
         settings=SimpleNamespace(control_token=None),
         **service,

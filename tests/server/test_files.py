@@ -15,7 +15,8 @@ import pytest
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_samples import Clock, batch
+from starlette.requests import ClientDisconnect
+from store_samples import ON_SQLITE, Clock, batch
 from stored_app import ME, YOU, make_app
 
 from pronk.server import files as files_module
@@ -111,6 +112,7 @@ def test_input_of_batches_expires_by_itself(client: TestClient, files: Files, cl
     assert on_disk(files) == set()
 
 
+@ON_SQLITE
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -216,6 +218,34 @@ def test_upload_is_not_held_in_memory(store: Store, files: Files) -> None:
     assert max(seen) <= (1 << 20) + 65_536
 
 
+def test_client_that_goes_away_leaves_nothing(store: Store, files: Files) -> None:
+    app = make_app(store, [files_module.router], files=files)
+    pieces = [
+        {"type": "http.request", "more_body": True, "body": b"--B\r\nContent-Disposition: "
+         b'form-data; name="file"; filename="f"\r\n\r\n' + bytes(2_000_000)},
+        {"type": "http.disconnect"},
+    ]  # fmt: skip
+    seen: list[set[str]] = []
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/files", "raw_path": b"/v1/files",
+        "query_string": b"", "root_path": "", "http_version": "1.1", "scheme": "http",
+        "headers": [(b"authorization", b"Bearer pk-me"),
+                    (b"content-type", b"multipart/form-data; boundary=B")],
+    }  # fmt: skip
+
+    async def receive() -> Any:
+        seen.append(on_disk(files))
+        return pieces.pop(0)
+
+    async def send(message: Any) -> None:
+        pass
+
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(app(scope, receive, send))
+    assert len(seen[-1]) == 1
+    assert on_disk(files) == set()
+
+
 def test_full_disk_is_told(client: TestClient, files: Files, monkeypatch: Any) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -234,6 +264,7 @@ def test_no_row_no_bytes(client: TestClient, files: Files, monkeypatch: Any) -> 
     assert on_disk(files) == set()
 
 
+@ON_SQLITE
 @pytest.mark.parametrize(
     ("query", "param"),
     [

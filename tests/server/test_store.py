@@ -223,7 +223,7 @@ def test_file_stays_while_a_batch_reads_it(store: Store, clock: Clock) -> None:
     clock.time += 10
     assert store.files.purge() == []
     store.batches.claim(1)
-    store.batches.fail("batch_1", [])
+    store.batches.end("batch_1", "failed", None, None)
     assert store.files.purge() == ["file-1"]
 
 
@@ -441,7 +441,7 @@ def test_batch_has_one_runner(open_store: Callable[[], Store], clock: Clock) -> 
         for late in (
             lambda: first.batches.finish_line("batch_0", Line(2, True, {}), Tokens()),
             lambda: first.batches.finalize("batch_0"),
-            lambda: first.batches.fail("batch_1", []),
+            lambda: first.batches.end("batch_1", "failed", None, None),
             lambda: first.batches.begin("batch_2", 1, None),
             lambda: first.batches.end("batch_2", "completed", None, None),
         ):
@@ -451,6 +451,17 @@ def test_batch_has_one_runner(open_store: Callable[[], Store], clock: Clock) -> 
     assert [found.id for found in second.batches.claim(9)] == ["batch_1"]
     second.batches.release()
     assert second.batches.running() == {}
+
+
+def test_process_that_slept_does_not_take_its_own_work(store: Store, clock: Clock) -> None:
+    store.files.add(file("file-1"))
+    store.batches.create(batch("batch_1"))
+    assert len(store.batches.claim(1)) == 1
+    store.responses.create(response("resp_1", status="in_progress"), running=True)
+    clock.time += 20 * LEASE_SECONDS
+    assert store.batches.claim(1) == []
+    assert store.responses.abandoned() == []
+    assert store.batches.running() == {"batch_1": "validating"}
 
 
 def test_line_counts_once_and_not_after_the_end(store: Store) -> None:

@@ -4,8 +4,10 @@ The only importer of the compiled module. Activations are NumPy float32; weights
 are handles that live in native memory. What each op means is written in `backends/reference.py`.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,11 @@ from pronk.backends.reference import from_host, kv_bytes, sample, take_rows, to_
 from pronk.core.config import ModelConfig
 
 __all__ = [
-    "attention", "default_threads", "embed", "from_host", "isa", "kv_bytes", "linear", "make_kv",
-    "make_stack", "make_table", "make_vector", "make_weight", "measure_bandwidth", "measure_int8",
-    "name", "packed_bytes", "rms_norm", "rope", "sample", "set_threads", "swiglu",
-    "take_profile", "take_rows", "to_host",
+    "attention", "block_bytes", "checksum", "default_threads", "embed", "from_host", "isa",
+    "kv_bytes", "linear", "make_kv", "make_stack", "make_table", "make_vector", "make_weight",
+    "measure_bandwidth", "measure_int8", "name", "numerics", "packed_bytes", "read_block",
+    "rms_norm", "rope", "sample", "set_threads", "swiglu", "take_profile", "take_rows", "to_host",
+    "write_block",
 ]  # fmt: skip
 
 name = "cpu"
@@ -86,6 +89,31 @@ def make_vector(tensor: RawTensor) -> F32:
 def make_kv(config: ModelConfig, n_blocks: int, dtype: KvDtype) -> list[_cpu.KvMemory]:
     G, K = config.n_kv_heads, config.head_dim
     return [_cpu.KvMemory(n_blocks, G, K, dtype) for _ in range(config.n_layers)]
+
+
+def block_bytes(kv: Sequence[_cpu.KvMemory]) -> int:
+    return sum(layer.block_bytes for layer in kv)
+
+
+def read_block(kv: Sequence[_cpu.KvMemory], block: int) -> U8:
+    data = np.empty(block_bytes(kv), np.uint8)
+    for layer, part in zip(kv, np.split(data, len(kv)), strict=True):
+        layer.read_block(block, part)
+    return data
+
+
+def write_block(kv: Sequence[_cpu.KvMemory], block: int, data: U8) -> None:
+    if len(data) != block_bytes(kv):
+        raise ValueError("kv: not as many bytes as a block has")
+    for layer, part in zip(kv, np.split(data, len(kv)), strict=True):
+        layer.write_block(block, part)
+
+
+def numerics() -> str:
+    """The instruction set, and a digest of the compiled code itself: whoever changes a kernel need
+    not think of a number."""
+    code = Path(_cpu.__file__).read_bytes()
+    return f"cpu, {isa()}, {hashlib.blake2b(code, digest_size=16).hexdigest()}"
 
 
 def embed(ids_T: I32, table: Table) -> F32:

@@ -123,6 +123,30 @@ class Ops(Protocol):
 
     def make_kv(self, config: ModelConfig, n_blocks: int, dtype: KvDtype) -> list[KvLayer]: ...
 
+    def block_bytes(self, kv: Sequence[KvLayer]) -> int:
+        """Bytes of what `read_block` returns."""
+        ...
+
+    def read_block(self, kv: Sequence[KvLayer], block: int) -> U8:
+        """A copy of all that the layers store of the positions of one block. The bytes mean
+        something to `write_block` only, of the same backend, shapes and dtype. ValueError for a
+        block that the cache does not have."""
+        ...
+
+    def write_block(self, kv: Sequence[KvLayer], block: int, data: U8) -> None:
+        """Makes a block what the one was that `data` was read from, byte for byte. ValueError,
+        and nothing written, for a block that the cache does not have or another number of bytes."""
+        ...
+
+    def checksum(self, data: U8) -> int:
+        """64 bits at most that tell damaged bytes. For any thread."""
+        ...
+
+    def numerics(self) -> str:
+        """What results depend on besides inputs: equal texts, equal bits. It tells versions of
+        the code and what it chose on this processor."""
+        ...
+
     def embed(self, ids_T: I32, table: Weight) -> Any: ...
 
     def rms_norm(self, x_TD: Any, w_D: Any, eps: float, residual: Any = None) -> Any:

@@ -4,7 +4,10 @@ Written to be read and to be exact, not to be fast. A row's numbers never depend
 of its step: matrix products run row by row, because BLAS takes other paths for other heights.
 """
 
+import hashlib
 import math
+import platform
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +20,7 @@ from pronk.backends.protocol import (
     BLOCK,
     F32,
     I32,
+    U8,
     Batch,
     KvDtype,
     RawTensor,
@@ -101,6 +105,50 @@ def make_kv(config: ModelConfig, n_blocks: int, dtype: KvDtype) -> list[KvCache]
         return KvCache(np.zeros(shape, stored), np.zeros(shape, stored), *scales)
 
     return [layer() for _ in range(config.n_layers)]
+
+
+def _arrays(kv: Sequence[KvCache]) -> list[npt.NDArray[Any]]:
+    found = [array for c in kv for array in (c.k, c.v, c.k_scale, c.v_scale)]
+    return [array for array in found if array is not None]
+
+
+def block_bytes(kv: Sequence[KvCache]) -> int:
+    return sum(array[:BLOCK].nbytes for array in _arrays(kv))
+
+
+def read_block(kv: Sequence[KvCache], block: int) -> U8:
+    parts = [array[_slots(array, block)] for array in _arrays(kv)]
+    return np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
+
+
+def write_block(kv: Sequence[KvCache], block: int, data: U8) -> None:
+    if len(data) != block_bytes(kv):
+        raise ValueError("kv: not as many bytes as a block has")
+    at = 0
+    for array in _arrays(kv):
+        part = array[_slots(array, block)]
+        part[...] = data[at : at + part.nbytes].view(array.dtype).reshape(part.shape)
+        at += part.nbytes
+
+
+def _slots(array: npt.NDArray[Any], block: int) -> slice:
+    if not 0 <= block < len(array) // BLOCK:
+        raise ValueError("kv: block outside the cache")
+    return slice(block * BLOCK, (block + 1) * BLOCK)
+
+
+def checksum(data: U8) -> int:
+    return zlib.crc32(data.data)
+
+
+def numerics() -> str:
+    """NumPy and its BLAS choose their code by the processor, and do not tell: a digest of what they
+    compute does."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 3, 37, 515), dtype=np.float32)
+    results = [np.matmul(a, b.transpose(0, 2, 1)), a @ b[0, 0], np.exp(a), np.mean(a, axis=-1)]
+    digest = hashlib.blake2b(b"".join(x.tobytes() for x in results), digest_size=16)
+    return f"reference, NumPy {np.__version__}, {platform.machine()}, {digest.hexdigest()}"
 
 
 def kv_bytes(config: ModelConfig, n_blocks: int, dtype: KvDtype) -> int:

@@ -7,6 +7,7 @@ points there. Fetching is in `pull.py` and `hub.py`.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -80,9 +81,29 @@ def layouts_folder() -> Path:
 
 def layout_path(model: Path) -> Path:
     """The file for the packed weights of the model at a path."""
+    return layouts_folder() / f"{_stem(model)}.layout"
+
+
+def kv_root() -> Path:
+    """Where keys and values of prompts are kept (engine/disk_blocks.py); all of it may be deleted
+    at any time."""
+    return cache_root() / "kv"
+
+
+def kv_folder(model: Path, fingerprint: str) -> Path:
+    """The folder for those of the model at a path that fit what `fingerprint` stands for."""
+    return kv_root() / f"{_stem(model)}-{fingerprint}"
+
+
+def kv_folders(model: Path) -> list[Path]:
+    """All folders of the model at a path."""
+    return sorted(kv_root().glob(f"{glob.escape(_stem(model))}-*"))
+
+
+def _stem(model: Path) -> str:
     model = model.resolve()
     digest = hashlib.sha256(os.fsencode(model)).hexdigest()[:16]
-    return layouts_folder() / f"{model.name[:40]}-{digest}.layout"
+    return f"{model.name[:40]}-{digest}"
 
 
 def installed(ref: ModelRef) -> Installed | None:

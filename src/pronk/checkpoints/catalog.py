@@ -154,7 +154,7 @@ _SMOLLM2 = CatalogEntry(
     parameters=134_515_008,
     nbytes=98_362_432,
     context=8192,
-    aliases=("smollm2", "smollm2-135m-instruct"),
+    aliases=("smollm2", "smollm2-135m-instruct", "smollm2:135m", "smollm2:135m-instruct"),
 )
 
 _PARAMETERS = {
@@ -166,11 +166,29 @@ _PARAMETERS = {
 }
 
 
+_OLLAMA_DEFAULTS = {"llama3.1": "8b", "llama3.2": "3b", "llama3.3": "70b", "llama-guard3": "8b"}
+"""What a name without a tag means there."""
+
+
+def _ollama_names(title: str) -> list[str]:
+    """Names of Ollama's library: `llama3.1:8b`, `llama3.1:8b-instruct`, `llama3.1`; those of base
+    models end in "-text"."""
+    guard = title.startswith("Llama-Guard-3-")
+    if guard:
+        family, size = "llama-guard3", title.rpartition("-")[2].lower()
+    else:
+        family, size = title.lower().replace("llama-", "llama").split("-")[:2]
+        if not title.endswith("-Instruct"):
+            return [f"{family}:{size}-text"]
+    names = [f"{family}:{size}"] if guard else [f"{family}:{size}", f"{family}:{size}-instruct"]
+    return [*names, family] if _OLLAMA_DEFAULTS[family] == size else names
+
+
 def _llama(title: str, licence: str, size: str) -> CatalogEntry:
     """`title` is the repository's name ("Llama-3.1-8B-Instruct"). Its lower-case form is the
     catalog name; Meta's descriptor ("Llama3.1-8B-Instruct"), the repository, its name of the
-    launch days and the "-Turbo" name of a hosting service are aliases."""
-    aliases = [title.replace("Llama-3", "Llama3"), f"meta-llama/{title}"]
+    launch days, the "-Turbo" name of a hosting service and Ollama's names are aliases."""
+    aliases = [title.replace("Llama-3", "Llama3"), f"meta-llama/{title}", *_ollama_names(title)]
     if licence == "3.1" and "Guard" not in title:
         aliases.append(f"meta-llama/Meta-{title}")
         if title.endswith("Instruct"):

@@ -120,6 +120,7 @@ def _remove(ref: ModelRef) -> int:
     if found is None and not folders:
         raise UserError(f"NAME: {ref.name} is not on disk; `pronk list` shows what is")
     layout = cache.layout_path(found.path) if found else None  # which follows links that go next
+    kept = cache.kv_folders(found.path) if found else []
     freed = 0
     if ref.repo and found:
         from pronk.checkpoints import hub
@@ -129,7 +130,7 @@ def _remove(ref: ModelRef) -> int:
     if layout and layout.exists():
         freed += layout.stat().st_size
         layout.unlink(missing_ok=True)
-    return freed
+    return freed + sum(cache.remove_folder(folder) for folder in kept)
 
 
 def _staging(ref: ModelRef) -> Path:

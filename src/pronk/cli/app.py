@@ -23,6 +23,7 @@ from pronk.cli.perplexity import perplexity
 from pronk.cli.printable import one_line
 from pronk.cli.pull import pull
 from pronk.cli.rm import rm
+from pronk.cli.serve import serve
 from pronk.cli.show import show
 from pronk.cli.tokenize import tokenize
 from pronk.core.errors import PronkError
@@ -63,7 +64,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for _verb in (chat, generate, pull, list_, show, rm, tokenize, bench, perplexity, key):
+for _verb in (chat, generate, pull, list_, show, rm, tokenize, bench, perplexity, key, serve):
     cli.add_command(_verb)
 
 

@@ -122,6 +122,13 @@ class BlockPool:
             else:
                 self._cached[block] = None
 
+    def findable(self) -> list[tuple[bytes, int]]:
+        """Keys and blocks of all that is stored, the most recently used first."""
+        keys = {block: key for key, block in self._block_of.items()}
+        unused = [block for block in reversed(self._cached) if block in keys]
+        used = [block for block in keys if self._refs[block]]
+        return [(keys[block], block) for block in (*used, *unused)]
+
     def forget_references(self) -> None:
         """No block is in any table now. What is stored can still be found, and the accounts
         balance, whatever an exception has left half done: all else follows from `_block_of`."""

@@ -8,13 +8,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from pronk.core.errors import DeadlineError, UserError
+from pronk.engine.adapters import Adapters, not_loaded
 from pronk.engine.blocks import BlockPool
 from pronk.engine.draft import Speculator
 from pronk.engine.request import FinishReason, Request
-from pronk.engine.scheduler import Outcome, Scheduler, Slice
+from pronk.engine.scheduler import Outcome, Scheduler, Slice, Stored
 
 Result = TypeVar("Result")
 
@@ -89,8 +91,12 @@ class Engine:
         token_budget: int = 512,
         prefix_cache: bool = True,
         speculator: Speculator | None = None,
+        stored: Stored | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
+        """`adapters`: those that `model` computes with; without, requests cannot name any."""
         self._model = model
+        self._adapters = adapters
         self._speculator = speculator
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
@@ -102,6 +108,7 @@ class Engine:
             max_batch=max_batch,
             token_budget=token_budget,
             drafts=speculator,
+            stored=stored,
         )
 
     @property
@@ -129,11 +136,20 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queues a request, if `check` has nothing against it."""
         self.check(request)
-        self._alone(lambda: self.scheduler.add(request))
+
+        def add() -> None:
+            if request.adapter is not None:  # once more: it may have gone meanwhile
+                request.keep_apart(self._digest(request.adapter))
+            self.scheduler.add(request)
+
+        self._alone(add)
 
     def check(self, request: Request) -> None:
         """Raises UserError for a request that could never run: an empty prompt, one that does not
-        fit (ContextLengthError), token ids outside of the vocabulary."""
+        fit (ContextLengthError), token ids outside of the vocabulary, an adapter that is not
+        loaded."""
+        if request.adapter is not None:
+            self._digest(request.adapter)
         self.scheduler.check(request)
         self._check_ids("prompt", request.ids)
         if request.params is not None:
@@ -176,6 +192,52 @@ class Engine:
         finally:
             for request in requests:
                 self.abort(request)
+
+    def close(self) -> None:
+        """Hands the blocks that can be found by key to `stored`, where there is one. The engine
+        goes on to work, but nothing of it is stored any more."""
+        stored = self.scheduler.stored
+        if stored is None:
+            return
+        try:
+            self._alone(lambda: stored.keep(self.scheduler.pool.findable()))
+        finally:
+            stored.close()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return () if self._adapters is None else self._adapters.names
+
+    def load_adapter(self, name: str, path: str | Path, *, keep_free: int = 0) -> None:
+        """Reads a PEFT folder; steps go on meanwhile. UserError for a bad or taken name, and for a
+        folder that is damaged, unsupported, of another model or too large for the memory, of which
+        `keep_free` bytes are promised to others."""
+        if self._adapters is None:
+            raise UserError(f"adapter: {name!r:.60} cannot be loaded: this model takes none")
+        self._adapters.load(name, path, keep_free=keep_free)
+
+    def unload_adapter(self, name: str) -> None:
+        """UserError for an adapter that is not loaded, or that an unfinished request uses."""
+
+        def unload() -> None:
+            self._digest(name)
+            queued = (*self.scheduler.running, *self.scheduler.waiting)
+            users = sum(1 for request in queued if request.adapter == name)
+            if users:
+                raise UserError(
+                    f"adapter: {name!r} is in use by {users} unfinished"
+                    f" {'request' if users == 1 else 'requests'}; unload it when they have ended"
+                )
+            assert self._adapters is not None
+            self._adapters.unload(name)
+
+        self._alone(unload)
+
+    def _digest(self, name: str) -> bytes:
+        if self._adapters is None:
+            raise not_loaded(name, ())
+        return self._adapters.digest(name)
 
     def _alone(self, work: Callable[[], Result]) -> Result:
         """Exclusive use of the scheduler. Whatever `work` raises, even a KeyboardInterrupt in the

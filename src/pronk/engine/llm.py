@@ -4,6 +4,7 @@ Several threads may use one `LLM`; their requests run together in batches.
 """
 
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from datetime import date as Date
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,8 @@ from pronk.checkpoints.pull import locate
 from pronk.core.config import ModelConfig
 from pronk.core.errors import UserError
 from pronk.core.progress import Progress, silent
+from pronk.engine.adapters import adapters_bytes
+from pronk.engine.disk_blocks import DiskBlocks, DiskStats, open_disk_blocks
 from pronk.engine.draft import Speculator
 from pronk.engine.draft_file import DraftFile
 from pronk.engine.engine import Engine, pending
@@ -38,7 +41,7 @@ from pronk.engine.prompts import (
 from pronk.engine.replies import Completion, Piece, Reply, ReplyText, completion_of, reply_of
 from pronk.engine.request import Request
 from pronk.engine.runner import Runner
-from pronk.engine.sampling import token_logprobs
+from pronk.engine.sampling import Pooler, Pooling, token_logprobs
 
 if TYPE_CHECKING:
     from pronk.text.chat import ChatFormat
@@ -75,7 +78,8 @@ class LLM:
     """A model in memory.
 
     `model` is a catalog name, a Hugging Face id or a path. `ctx` is the most tokens of a prompt and
-    its answer together; without it the model's own, at most 8192, or what there is memory for.
+    its answer together; without it the model's own, at most 8192 (if `roomy`, more where there is
+    much memory), or what there is memory for.
     `threads` None: all that this process may use. `max_batch` requests at most share a step, which
     computes at most `token_budget` tokens; neither changes an answer, nor does `prefix_cache`,
     which keeps what has been computed for prompts that begin alike, nor `speculate`, which computes
@@ -83,7 +87,10 @@ class LLM:
     the same vocabulary that guesses what comes next: more memory for more speed, where it is much
     smaller and often right. `layout_cache` keeps the packed weights on disk, as much again as the
     model, so that the next start takes a moment (None: if the environment variable
-    PRONK_LAYOUT_CACHE is 1). `keep_free` bytes of memory are left to others. Raises UserError, and
+    PRONK_LAYOUT_CACHE is 1). With `kv_disk_bytes` what was computed for prompts is kept on disk and
+    found again by later starts, in the cache folder, at most so many bytes for all models.
+    `adapters` are LoRA adapters, PEFT folders by name: what is asked with `adapter=NAME` is
+    computed with that one. `keep_free` bytes of memory are left to others. Raises UserError, and
     MemoryLimitError before anything is loaded that does not fit.
     """
 
@@ -101,7 +108,10 @@ class LLM:
         speculate: bool = True,
         draft: str | Path | None = None,
         layout_cache: bool | None = None,
+        kv_disk_bytes: int = 0,
+        adapters: Mapping[str, str | Path] | None = None,
         keep_free: int = 0,
+        roomy: bool = False,
         progress: Progress = silent,
     ) -> None:
         _check_whole("max_batch", max_batch, 1, 4096)
@@ -112,8 +122,14 @@ class LLM:
             raise UserError(f"kv_dtype: {kv_dtype!r} is not one of {', '.join(KV_DTYPES)}")
         if draft is not None and not speculate:
             raise UserError(f"draft: {draft} has nothing to do without speculate")
+        _check_whole("kv_disk_bytes", kv_disk_bytes, 0, 1 << 50)
+        if kv_disk_bytes and not prefix_cache:
+            raise UserError(
+                f"kv_disk_bytes: {kv_disk_bytes} is of no use without prefix_cache; leave it 0"
+            )
         ops: Any = select_backend(backend)
         self.backend_name: str = ops.name
+        self._disk: DiskBlocks | None = None
         self._checkpoint = open_checkpoint(locate(model, progress=progress))
         self._draft: DraftFile | None = None
         try:
@@ -125,9 +141,11 @@ class LLM:
             if draft is not None:
                 self._draft = DraftFile(draft, ops, progress)
                 need = self._draft.beside(need)
+            extra = adapters_bytes(adapters or {}, self.config, ops)
+            need = replace(need, weights=need.weights + extra)
             free = free_memory()
             free = None if free is None else max(0, free - keep_free)
-            self.context, n_blocks = fit(need, ctx, kv_dtype, free)
+            self.context, n_blocks = fit(need, ctx, kv_dtype, free, roomy=roomy)
             self.kv_dtype = kv_dtype
             self.tokenizer: Tokenizer = load_tokenizer(self._checkpoint)
             _check_vocabulary(self._checkpoint, self.tokenizer)
@@ -139,8 +157,14 @@ class LLM:
                 self.tokenizer, context=self.context, n_blocks=n_blocks, threads=self.threads,
                 kv_dtype=kv_dtype, prefix_cache=prefix_cache, layout_cache=layout_cache,
             )  # fmt: skip
+            runner = self._runner(ops, n_blocks, kv_dtype, layout_cache, progress)
+            if kv_disk_bytes:
+                self._disk = open_disk_blocks(
+                    self._checkpoint, ops, kv_dtype, runner, kv_disk_bytes,
+                    lambda text: progress(0, 0, text),
+                )  # fmt: skip
             self._engine: Engine | None = Engine(
-                self._runner(ops, n_blocks, kv_dtype, layout_cache, progress),
+                runner,
                 vocab_size=self.tokenizer.vocab_size,
                 context=self.context,
                 n_blocks=n_blocks,
@@ -148,8 +172,14 @@ class LLM:
                 token_budget=token_budget,
                 prefix_cache=prefix_cache,
                 speculator=Speculator(drafter) if speculate else None,
+                stored=self._disk,
+                adapters=runner.adapters,
             )
+            for name, folder in (adapters or {}).items():
+                self.load_adapter(name, folder, keep_free=keep_free)
         except BaseException:
+            if self._disk is not None:
+                self._disk.close()
             self._close_files()
             raise
 
@@ -178,6 +208,11 @@ class LLM:
             threads=self.threads,
             kv_dtype=kv_dtype,
         )
+
+    @property
+    def disk_stats(self) -> DiskStats | None:
+        """What has become of blocks on disk; None without `kv_disk_bytes`."""
+        return None if self._disk is None else self._disk.stats
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -209,6 +244,22 @@ class LLM:
             raise UserError("LLM: this model has been closed; load it again")
         return self._engine
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return self.engine.adapters
+
+    def load_adapter(self, name: str, path: str | Path, *, keep_free: int = 0) -> None:
+        """Loads a LoRA adapter, a PEFT folder; answers go on meanwhile, and `keep_free` bytes of
+        memory are left to others. UserError for a name that is taken, and for a folder that is
+        damaged, unsupported, of another model or too large."""
+        promised = keep_free + self.untouched_bytes
+        self.engine.load_adapter(name, path, keep_free=promised)
+
+    def unload_adapter(self, name: str) -> None:
+        """UserError for an adapter that is not loaded, or that an unfinished answer uses."""
+        self.engine.unload_adapter(name)
+
     def chat(
         self,
         messages: "Sequence[Mapping[str, Any] | Message]",
@@ -219,6 +270,7 @@ class LLM:
         parallel_tool_calls: bool = True,
         response_format: Mapping[str, Any] | None = None,
         date: Date | str | None = None,
+        adapter: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Reply:
         """The assistant's answer to a chat.
@@ -233,7 +285,7 @@ class LLM:
         pieces = self.stream(
             messages, tools=tools, builtin_tools=builtin_tools, tool_choice=tool_choice,
             parallel_tool_calls=parallel_tool_calls, response_format=response_format, date=date,
-            **options,
+            adapter=adapter, **options,
         )  # fmt: skip
         *_, last = pieces
         assert last.reply is not None
@@ -249,6 +301,7 @@ class LLM:
         parallel_tool_calls: bool = True,
         response_format: Mapping[str, Any] | None = None,
         date: Date | str | None = None,
+        adapter: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generator[Piece, None, None]:
         """As `chat`, in pieces: their texts joined are the reply's text, and the last one carries
@@ -257,7 +310,7 @@ class LLM:
             _checked_messages(messages), _checked_tools(tools), builtin_tools, tool_choice,
             parallel_tool_calls, answer=answer_shape(response_format), date=date,
         )  # fmt: skip
-        request = self.prompter.chat(chat, options)
+        request = self.prompter.chat(chat, options, adapter=adapter)
         self.engine.check(request)
         return self._pieces(request)
 
@@ -277,13 +330,21 @@ class LLM:
             engine.abort(request)
 
     @overload
-    def generate(self, prompt: Prompt, **options: Unpack[SamplingOptions]) -> Completion: ...
+    def generate(
+        self, prompt: Prompt, *, adapter: str | None = None, **options: Unpack[SamplingOptions]
+    ) -> Completion: ...
 
     @overload
-    def generate(self, prompt: Prompts, **options: Unpack[SamplingOptions]) -> list[Completion]: ...
+    def generate(
+        self, prompt: Prompts, *, adapter: str | None = None, **options: Unpack[SamplingOptions]
+    ) -> list[Completion]: ...
 
     def generate(
-        self, prompt: Prompt | Prompts, **options: Unpack[SamplingOptions]
+        self,
+        prompt: Prompt | Prompts,
+        *,
+        adapter: str | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Completion | list[Completion]:
         """Continues a text, a list of token ids, or several of either, which run together.
 
@@ -292,20 +353,22 @@ class LLM:
         end with it.
         """
         if _is_one(prompt):
-            return self._generate([cast(Prompt, prompt)], options)[0]
-        return self._generate(cast(Prompts, prompt), options)
+            return self._generate([cast(Prompt, prompt)], options, adapter)[0]
+        return self._generate(cast(Prompts, prompt), options, adapter)
 
-    def _generate(self, prompts: Prompts, options: Mapping[str, Any]) -> list[Completion]:
-        requests = [self.prompter.completion(prompt, options) for prompt in prompts]
+    def _generate(
+        self, prompts: Prompts, options: Mapping[str, Any], adapter: str | None
+    ) -> list[Completion]:
+        requests = [self.prompter.completion(p, options, adapter=adapter) for p in prompts]
         self.engine.run(requests)
         return [completion_of(request) for request in requests]
 
     def stream_generate(
-        self, prompt: Prompt, **options: Unpack[SamplingOptions]
+        self, prompt: Prompt, *, adapter: str | None = None, **options: Unpack[SamplingOptions]
     ) -> Generator[str, None, Completion]:
         """As `generate` of one prompt, in pieces of text; returns the completion. Bad input is
         refused at the call; closing the iterator ends the generation."""
-        request = self.prompter.completion(prompt, options)
+        request = self.prompter.completion(prompt, options, adapter=adapter)
         self.engine.check(request)
         return self._texts(request)
 
@@ -324,10 +387,10 @@ class LLM:
         finally:
             engine.abort(request)
 
-    def score(self, ids: Sequence[int]) -> F32:
+    def score(self, ids: Sequence[int], *, adapter: str | None = None) -> F32:
         """Log probability of each token given those before it, float32 `[T-1]`; as in `generate`,
         among the tokens that the tokenizer has."""
-        request = Request(ids, None)
+        request = Request(ids, None, adapter=adapter)
         logprobs = np.empty(max(0, request.n_prompt - 1), dtype=np.float32)
 
         def observer(start: int, logits_NV: F32) -> None:
@@ -339,10 +402,10 @@ class LLM:
         self.engine.run([request])
         return logprobs
 
-    def logits(self, ids: Sequence[int]) -> F32:
+    def logits(self, ids: Sequence[int], *, adapter: str | None = None) -> F32:
         """Logits at every position, float32 `[T, V]`, V being the model's `config.vocab_size`.
         Raises MemoryLimitError if they do not fit the memory."""
-        engine, request = self.engine, Request(ids, None)
+        engine, request = self.engine, Request(ids, None, adapter=adapter)
         engine.check(request)
         check_logits(request.n_prompt, self.config.vocab_size, free_memory())
         logits_TV = np.empty((request.n_prompt, self.config.vocab_size), dtype=np.float32)
@@ -354,10 +417,32 @@ class LLM:
         engine.run([request])
         return logits_TV
 
+    def embed(
+        self, texts: Prompt | Prompts, *, pooling: Pooling = "mean", adapter: str | None = None
+    ) -> F32:
+        """Vectors of length 1 for texts or lists of token ids, float32 `[N, D]` (`[D]` for one):
+        the mean of the last layer's normalized states, or the state of the last token. A model that
+        was not tuned for it makes vectors that compare texts only roughly."""
+        if _is_one(texts):
+            one: F32 = self.embed([cast(Prompt, texts)], pooling=pooling, adapter=adapter)[0]
+            return one
+        poolers = [Pooler(pooling) for _ in texts]
+        requests = [
+            self.prompter.embedding(text, pooler, adapter=adapter)
+            for text, pooler in zip(cast(Prompts, texts), poolers, strict=True)
+        ]
+        self.engine.run(requests)
+        return np.stack([pooler.vector for pooler in poolers])
+
     def close(self) -> None:
-        """Frees the model. Using it afterwards is a UserError."""
-        self._engine = None
-        self._close_files()
+        """Frees the model, once what `kv_disk_bytes` asks for is written. Using it afterwards is a
+        UserError."""
+        engine, self._engine = self._engine, None
+        try:
+            if engine is not None:
+                engine.close()
+        finally:
+            self._close_files()
 
     def _close_files(self) -> None:
         self._checkpoint.close()

@@ -130,13 +130,19 @@ class Need:
         return min(low * BLOCK, self.config.context)
 
 
-def fit(need: Need, context: int | None, kv_dtype: KvDtype, free: int | None) -> tuple[int, int]:
+def fit(
+    need: Need, context: int | None, kv_dtype: KvDtype, free: int | None, *, roomy: bool = False
+) -> tuple[int, int]:
     """The context and the number of KV blocks of a run with `free` bytes of memory.
 
-    Without a given context it is the model's own, at most DEFAULT_CONTEXT, or what there is memory
-    for. Raises MemoryLimitError with the numbers, and with what would fit.
+    Without a given context it is the model's own, at most DEFAULT_CONTEXT (if `roomy`: as far as
+    half of the memory goes that the weights leave), or what there is memory for. Raises
+    MemoryLimitError with the numbers, and with what would fit.
     """
     wanted = min(need.config.context, DEFAULT_CONTEXT) if context is None else context
+    if context is None and roomy and free is not None:
+        half = need.weights + max(0, free - need.weights) // 2
+        wanted = max(wanted, need.largest_context(half, kv_dtype))
     blocks = need.pool_blocks(wanted)
     if free is None or need.total(wanted, blocks, kv_dtype) <= free:
         return wanted, blocks
@@ -157,6 +163,15 @@ def check_logits(n_tokens: int, vocab_size: int, free: int | None) -> None:
         raise MemoryLimitError(
             f"logits: those of {n_tokens} tokens take {_gb(n_bytes)}, {_gb(free)} are free;"
             f" at most {free // (4 * vocab_size)} tokens would fit"
+        )
+
+
+def check_adapter(name: str, needed: int, free: int | None) -> None:
+    """Raises MemoryLimitError where an adapter of so many bytes does not fit."""
+    if free is not None and needed > free:
+        raise MemoryLimitError(
+            f"adapter: {name!r} takes {_gb(needed)}, {_gb(max(0, free))} are free; unload another"
+            " one, or load the model with a smaller context"
         )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from pronk.core.errors import UserError
 from pronk.engine.replies import ReplyText
 from pronk.engine.request import Constraint, Request, SamplingParams
-from pronk.engine.sampling import TextOut
+from pronk.engine.sampling import Pooler, TextOut
 
 if TYPE_CHECKING:
     from pronk.text.chat import ChatFormat
@@ -40,6 +40,8 @@ class Chat:
     """Names of tools whose schemas must be enforced, or refused."""
     answer: "AnswerShape | None" = None
     date: Date | str | None = None
+    prefill: str = ""
+    """What the answer has already begun with; it goes on behind that."""
     unenforced: set[str] = field(default_factory=set)
     """Filled by `Prompter.chat`: tools whose arguments may be any JSON object, because their
     schemas have keywords that cannot be enforced."""
@@ -148,7 +150,8 @@ class Prompter:
         return self._request(self.chat_ids(chat), params, text, constraint, who)
 
     def chat_ids(self, chat: Chat) -> list[int]:
-        """The tokens of a chat up to its answer. Raises UserError for a model that cannot chat."""
+        """The tokens of a chat up to its answer, with what that begins with. Raises UserError for
+        a model that cannot chat."""
         if self.chat_format is None:
             raise UserError(
                 f"MODEL: {self._name} is a base model without a chat format; use generate"
@@ -157,7 +160,7 @@ class Prompter:
             chat.messages, tools=chat.tools, builtin_tools=chat.builtin_tools,
             tool_choice=chat.tool_choice, date=chat.date,
         )  # fmt: skip
-        return rendered.ids
+        return rendered.ids + (self.tokenizer.encode(chat.prefill) if chat.prefill else [])
 
     def completion(
         self,
@@ -171,6 +174,10 @@ class Prompter:
         params = SamplingParams.of(options, defaults)
         constraint = None if answer is None else self.matchers.matcher(answer.compile())
         return self._request(self.ids(prompt), params, self.text_out(params), constraint, who)
+
+    def embedding(self, prompt: Prompt, pooler: Pooler, **who: Any) -> Request:
+        """A request that only computes its prompt, whose states `pooler` gathers."""
+        return Request(self.ids(prompt), None, observer=pooler, watches="hidden", **who)
 
     def ids(self, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, str):

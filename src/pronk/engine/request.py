@@ -4,6 +4,7 @@ There is no prefill and no decode: `computed` chases `known`, and when it has ca
 token is sampled. Plain Python values only, so that a request may be read from any thread.
 """
 
+import hashlib
 import itertools
 import time
 from array import array
@@ -19,8 +20,9 @@ from pronk.engine.sampling import AnswerText, TokenLogprob, fresh_seed
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 Observer: TypeAlias = Callable[[int, F32], None]
-"""Called as `observer(start, logits_NV)`: the logits of the prompt's positions from `start` on. A
-position comes again, with the same numbers, when a request was preempted."""
+"""Called as `observer(start, logits_NV)`: the logits of the prompt's positions from `start` on (or
+their hidden states `[N, D]`). A position comes again, with the same numbers, when a request was
+preempted."""
 
 
 class Constraint(Protocol):
@@ -210,6 +212,7 @@ class Request:
         eos_ids: frozenset[int] = frozenset(),
         text: AnswerText | None = None,
         observer: Observer | None = None,
+        watches: Literal["logits", "hidden"] = "logits",
         constraint: Constraint | None = None,
         adapter: str | None = None,
         salt: bytes = b"",
@@ -218,8 +221,9 @@ class Request:
         deadline: float | None = None,
     ) -> None:
         """`eos_ids` are the model's end tokens; `text` turns tokens into text and finds stop
-        strings, and without it an answer is token ids only; `constraint` says which tokens may
-        come; `adapter` names one of those that the model has loaded.
+        strings, and without it an answer is token ids only; `observer` is called with logits, or
+        with the normalized hidden states (`watches`, only without `params`); `constraint` says
+        which tokens may come; `adapter` names one of those that the model has loaded.
 
         Requests of one `salt` and adapter only share what was computed for a prompt. Those of a
         smaller `priority` go first; among equals `owner`s take turns. `deadline`, on the clock of
@@ -227,10 +231,14 @@ class Request:
         self.id = next(self._numbers)
         self.params = params
         self.observer = observer
+        assert params is None or watches == "logits", "who draws needs logits"
+        self.watches = watches
         self.constraint = constraint
         self.adapter = adapter
-        self.salt = salt if adapter is None else salt + b"\0" + adapter.encode()
-        """What the keys of its blocks begin with."""
+        self.salt = hashlib.blake2b(salt, digest_size=16).digest() if salt else b""
+        """What the keys of its blocks begin with: a hash, since one could choose a salt that
+        continues the keys of another text."""
+        self._own_salt = salt
         self.priority = priority
         self.owner = owner
         self.deadline = deadline
@@ -271,6 +279,11 @@ class Request:
         self._ends = _end_ids(params, eos_ids)
         self._fixed = {} if params is None else _fixed_sample_params(params, self.seed)
 
+    def keep_apart(self, digest: bytes) -> None:
+        """What it computes is shared with requests of the same `digest` only: that of its adapter's
+        numbers, since another adapter may have the name next."""
+        self.salt = hashlib.blake2b(self._own_salt, key=digest, digest_size=16).digest()
+
     @property
     def known(self) -> int:
         return len(self.ids)
@@ -299,7 +312,8 @@ class Request:
     @property
     def observed(self) -> bool:
         """Whether somebody wants the logits of the tokens that are computed next."""
-        return self.observer is not None and self.computed < self.n_prompt
+        watched = self.observer is not None and self.watches == "logits"
+        return watched and self.computed < self.n_prompt
 
     @property
     def ends(self) -> frozenset[int]:

@@ -9,17 +9,19 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from pronk.backends.protocol import F32, I32, Batch, KvDtype, Ops, Sampled, SampleParams
+from pronk.backends.protocol import F32, I32, U8, Batch, KvDtype, Ops, Sampled, SampleParams
 from pronk.core.config import ModelConfig
+from pronk.engine.adapters import Adapters
 from pronk.engine.blocks import blocks_for
+from pronk.engine.load import LoadOps
 from pronk.engine.request import Observer
 from pronk.engine.scheduler import Outcome, Slice
-from pronk.model.llama import LlamaWeights, forward
+from pronk.model.llama import LlamaWeights, forward_hidden
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 Masks: TypeAlias = tuple[Mask | None, Mapping[int, Exception]]
@@ -50,7 +52,7 @@ class Runner:
 
     def __init__(
         self,
-        ops: Ops,
+        ops: LoadOps,
         config: ModelConfig,
         weights: LlamaWeights,
         *,
@@ -61,7 +63,7 @@ class Runner:
     ) -> None:
         self.ops = ops
         self.config = config
-        self._weights = weights
+        self.adapters = Adapters(ops, config, weights)
         self._kv = ops.make_kv(config, n_blocks, kv_dtype)
         self._n_tokens = n_tokens
         self._threads = threads
@@ -72,36 +74,74 @@ class Runner:
         it. Observers are called with the logits of their slices on the host."""
         ids_T, batch = pack(slices)
         rows_R, draws_R = wanted_rows(slices, batch.starts_S)
+        names = [s.request.adapter for s in slices]
+        ops, weights = self.adapters.for_step(names, batch.starts_S, rows_R)
         masks = begin_masks(slices, self._n_tokens)  # while the model computes
         with _step_lock:
             self.ops.set_threads(self._threads)
             try:
-                logits_RV = forward(
-                    self.ops, self.config, self._weights, ids_T, batch, self._kv, rows_R
-                )
+                with np.errstate(over="ignore", invalid="ignore"):  # sampling tells whose they are
+                    hidden_RD = forward_hidden(
+                        ops, self.config, weights, ids_T, batch, self._kv, rows_R
+                    )
+                    logits_RV, rows_of_R = self._logits(ops, weights, slices, hidden_RD)
             finally:
                 mask_RV, refusals = end_masks(masks)
-            errors = self._observe(slices, logits_RV)
+            errors = self._observe(slices, hidden_RD, logits_RV)
+            draws_R = rows_of_R[draws_R]
             if len(draws_R) < len(logits_RV):
                 logits_RV = self.ops.take_rows(logits_RV, draws_R)
             outcomes = self._draw_right(slices, logits_RV[:, : self._n_tokens], mask_RV)
         errors = [e or refusals.get(i) for i, e in enumerate(errors)]
         return [e if e is not None else o for e, o in zip(errors, outcomes, strict=True)]
 
-    def _observe(self, slices: Sequence[Slice], logits_RV: F32) -> list[Exception | None]:
+    @property
+    def block_bytes(self) -> int:
+        """Of a block of the KV cache."""
+        return self.ops.block_bytes(self._kv)
+
+    def read_block(self, block: int) -> U8:
+        """A copy of a block of the KV cache. For the thread that steps, as the next one."""
+        return self.ops.read_block(self._kv, block)
+
+    def write_block(self, block: int, data: U8) -> None:
+        """Puts back what `read_block` gave."""
+        self.ops.write_block(self._kv, block, data)
+
+    def _logits(
+        self, ops: Ops, weights: LlamaWeights, slices: Sequence[Slice], hidden_RD: Any
+    ) -> tuple[F32, I32]:
+        """Logits of the rows that somebody wants them of, not the hidden states alone; and for each
+        wanted row its row of logits, -1 for none."""
+        if not any(map(watches_hidden, slices)):
+            return ops.linear(hidden_RD, weights.output), np.arange(len(hidden_RD), dtype=np.int32)
+        wants = [not watches_hidden(s) for s in slices for _ in range(wanted_of(s))]
+        rows_R = np.where(wants, np.cumsum(wants) - 1, -1).astype(np.int32)
+        if not any(wants):
+            return np.empty((0, self._n_tokens), np.float32), rows_R
+        wanted_RD = ops.take_rows(hidden_RD, np.flatnonzero(wants).astype(np.int32))
+        return ops.linear(wanted_RD, weights.output), rows_R
+
+    def _observe(
+        self, slices: Sequence[Slice], hidden_RD: Any, logits_RV: F32
+    ) -> list[Exception | None]:
         """What the observer of each slice raised."""
         errors: list[Exception | None] = []
-        row = 0
+        row = logits_row = 0
         for s in slices:
-            observer = observer_of(s)
+            observer, n = observer_of(s), wanted_of(s)
+            hidden = watches_hidden(s)
             errors.append(None)
             if observer is not None:
                 n_prompt = min(s.n, s.request.n_prompt - s.start)
+                first = row if hidden else logits_row
+                seen = (hidden_RD if hidden else logits_RV)[first : first + n_prompt]
                 try:
-                    observer(s.start, self.ops.to_host(logits_RV[row : row + n_prompt]))
+                    observer(s.start, self.ops.to_host(seen))
                 except Exception as error:
                     errors[-1] = error
-            row += s.n if observer is not None else s.draws
+            row += n
+            logits_row += 0 if hidden else n
         return errors
 
     def _draw_right(
@@ -197,8 +237,18 @@ def make_masks(slices: Sequence[Slice], n_tokens: int) -> Masks:
     return mask_RV, refusals
 
 
+def wanted_of(s: Slice) -> int:
+    """Rows of a slice that go through the whole model."""
+    return s.n if observer_of(s) is not None else s.draws  # no drafts where somebody watches
+
+
+def watches_hidden(s: Slice) -> bool:
+    """Whether what is wanted of a slice are its hidden states."""
+    return observer_of(s) is not None and s.request.watches == "hidden"
+
+
 def observer_of(s: Slice) -> Observer | None:
-    """Who wants the logits of every row of a slice."""
+    """Who wants the logits, or the hidden states, of every row of a slice."""
     return s.request.observer if s.start < s.request.n_prompt else None
 
 
@@ -227,7 +277,7 @@ def wanted_rows(slices: Sequence[Slice], starts_S: I32) -> tuple[I32 | None, I32
     rows: list[int] = []
     draws: list[int] = []
     for s, stop in zip(slices, starts_S[1:].tolist(), strict=True):
-        n_rows = s.n if observer_of(s) is not None else s.draws  # no drafts where somebody watches
+        n_rows = wanted_of(s)
         rows.extend(range(stop - n_rows, stop))
         draws.extend(range(len(rows) - s.draws, len(rows)))
     everything = len(rows) == starts_S[-1]

@@ -7,12 +7,14 @@ How a row of logits becomes a token is `sample` of the backend, specified in ref
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from pronk.backends.protocol import F32
 from pronk.backends.reference import log_softmax
+from pronk.core.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,35 @@ def token_logprobs(logits_NV: F32, ids_N: Sequence[int]) -> F32:
     for row, token in enumerate(ids_N):  # a row at a time: [N, V] in float64 may be large
         out_N[row] = log_softmax(logits_NV[row])[token]
     return out_N
+
+
+Pooling: TypeAlias = Literal["mean", "last"]
+
+
+class Pooler:
+    """An observer of hidden states that makes one vector of a text out of them, of length 1."""
+
+    def __init__(self, pooling: Pooling = "mean") -> None:
+        if pooling not in ("mean", "last"):
+            raise UserError(f"pooling: {pooling!r} is not one of mean, last")
+        self._mean = pooling == "mean"
+        self._sum_D: npt.NDArray[np.float64] = np.zeros(0)
+
+    def __call__(self, start: int, hidden_ND: F32) -> None:
+        if not self._mean:
+            self._sum_D = hidden_ND[-1].astype(np.float64)
+            return
+        if start == 0:  # also when a preempted request begins anew
+            self._sum_D = np.zeros(hidden_ND.shape[1])
+        for row_D in hidden_ND:  # one by one: the sum does not depend on how the text was cut
+            self._sum_D += row_D
+
+    @property
+    def vector(self) -> F32:
+        """float32 `[D]`, once all has been seen."""
+        length = float(np.linalg.norm(self._sum_D))
+        vector_D: F32 = (self._sum_D / (length or 1.0)).astype(np.float32)
+        return vector_D
 
 
 def fresh_seed() -> int:

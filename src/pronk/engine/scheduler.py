@@ -78,6 +78,31 @@ class Drafts(Protocol):
         ...
 
 
+class Stored(Protocol):
+    """Blocks outside of the pool, by the same keys (disk_blocks.py). They have no say in what is
+    computed: whatever is not there is computed anew."""
+
+    def count(self, keys: Sequence[bytes]) -> int:
+        """How many of the first `keys` are there."""
+        ...
+
+    def load(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
+        """Copies them into blocks of the pool; how many of the first are whole."""
+        ...
+
+    def found(self, keys: Sequence[bytes], blocks: Sequence[int]) -> None:
+        """A request begins with these blocks, which the pool has."""
+        ...
+
+    def keep(self, blocks: Sequence[tuple[bytes, int]]) -> None:
+        """The pool is about to go; the block that is wanted most comes first."""
+        ...
+
+    def close(self) -> None:
+        """Nothing is asked any more."""
+        ...
+
+
 @dataclass(slots=True)
 class _Room:
     """What is left of a step."""
@@ -108,7 +133,8 @@ class _Step:
 
 class Scheduler:
     """`context`: most tokens of a request; `max_batch`: most requests of a step; `token_budget`:
-    most tokens of a step; `drafts`: guesses that steps of generated rows only may take along."""
+    most tokens of a step; `drafts`: guesses that steps of generated rows only may take along;
+    `stored`: where blocks are looked for that the pool does not have."""
 
     def __init__(
         self,
@@ -118,6 +144,7 @@ class Scheduler:
         max_batch: int = 8,
         token_budget: int = 512,
         drafts: Drafts | None = None,
+        stored: Stored | None = None,
     ) -> None:
         sizes = {"ctx": context, "max_batch": max_batch, "token_budget": token_budget}
         for name, value in sizes.items():
@@ -128,6 +155,7 @@ class Scheduler:
         self.max_batch = max_batch
         self.token_budget = token_budget
         self.drafts = drafts
+        self.stored = stored
         self.running: list[Request] = []
         """By priority; those of one priority as they started."""
         self.waiting: list[Request] = []
@@ -355,9 +383,26 @@ class Scheduler:
         if wanted - len(blocks) > self.pool.available:
             self.pool.give_back(blocks)
             return False
+        blocks += self._load(request, blocks)
+        n_stored = len(blocks) * BLOCK
         request.blocks.extend(blocks)
         request.computed, request.published = n_stored, len(blocks)
         return True
+
+    def _load(self, request: Request, found: list[int]) -> list[int]:
+        """Blocks that go on where those `found` in the pool end, from outside; there is room for
+        them, as for all tokens of the request."""
+        if self.stored is None or request.observer is not None:
+            return []
+        if request.cached is None:  # and has not found its own blocks again
+            self.stored.found(request.keys[: len(found)], found)
+        missing = request.keys[len(found) : (request.known - 1) // BLOCK]
+        blocks = self.pool.take(self.stored.count(missing)) or []
+        n = self.stored.load(missing[: len(blocks)], blocks) if blocks else 0
+        self.pool.give_back(blocks[n:])
+        for block, key in zip(blocks[:n], missing, strict=False):
+            self.pool.publish(block, key)
+        return blocks[:n]
 
     def _preempt(self, last: Request) -> None:
         assert last is self.running[-1]

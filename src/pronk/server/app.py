@@ -16,22 +16,34 @@ from starlette.exceptions import HTTPException
 from pronk import __version__
 from pronk.core.errors import PronkError
 from pronk.server import (
+    anthropic,
     auth,
+    batches,
     chat,
     completions,
+    conversations,
+    embeddings,
     files,
     metrics,
     model_routes,
+    ollama,
+    ollama_embed,
+    ollama_models,
     page,
+    responses,
+    stored_chats,
     tokenize,
     usage,
 )
+from pronk.server.batch_runner import Batches
 from pronk.server.disk import Files
 from pronk.server.errors import ApiError, api_error_of, error_body, validation_error
+from pronk.server.execute import executor
 from pronk.server.keys import Keys
 from pronk.server.layers import add_layers
 from pronk.server.logs import request_id
 from pronk.server.models import Models
+from pronk.server.response_background import Responses
 from pronk.server.service import ClientGone, Service
 from pronk.server.settings import ServerSettings
 from pronk.server.store import Store
@@ -39,8 +51,11 @@ from pronk.server.tracing import start_tracing
 
 log = logging.getLogger(__name__)
 
-_ROUTERS = (chat, completions, tokenize, model_routes, files, usage, metrics, page)
-_IDLE_CHECK_SECONDS = 5.0
+_ROUTERS = (
+    chat, stored_chats, completions, responses, conversations, embeddings, tokenize, anthropic,
+    ollama, ollama_embed, ollama_models, model_routes, files, batches, usage, metrics, page,
+)  # fmt: skip
+_IDLE_CHECK_SECONDS = 1.0
 
 
 def create_app(
@@ -49,18 +64,33 @@ def create_app(
     *,
     options: Mapping[str, Any] | None = None,
     adapters: Mapping[str, Path] | None = None,
+    draft: str | None = None,
     on_ready: Callable[[Service], None] | None = None,
+    on_failure: Callable[[Exception], None] | None = None,
 ) -> FastAPI:
     """`sources`: the models, the first of which is loaded at the start; `options`: arguments of
-    `LLM`; `adapters`: PEFT folders for the first model, by name. Raises UserError for what cannot
-    be served; nothing is loaded before the application starts."""
+    `LLM`; `adapters` (PEFT folders by name) and `draft` (a model that guesses) belong to the first
+    model. Raises UserError for what cannot be served; nothing is loaded before the application
+    starts. `on_failure` hears why it could not, and is to stop the server."""
     counts = metrics.Metrics()
-    models = Models(sources, options or {}, counts, aliases=settings.aliases, adapters=adapters)
+    models = Models(
+        sources, options or {}, counts, aliases=settings.aliases, adapters=adapters, draft=draft
+    )
     keys = None if settings.api_key_file is None else Keys(settings.api_key_file)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with _running(app, settings, models, counts, keys, on_ready):
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                running = _running(app, settings, models, counts, keys)
+                service = await stack.enter_async_context(running)
+            except Exception as error:
+                if on_failure is None:
+                    raise
+                on_failure(error)
+            else:
+                if on_ready:
+                    on_ready(service)
             yield
 
     app = FastAPI(
@@ -72,6 +102,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         separate_input_output_schemas=True,
+        telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
     )
     app.state.limits = add_layers(
         app,
@@ -98,8 +129,7 @@ async def _running(
     models: Models,
     counts: metrics.Metrics,
     keys: Keys | None,
-    on_ready: Callable[[Service], None] | None,
-) -> AsyncIterator[None]:
+) -> AsyncIterator[Service]:
     """Everything that works in the background, from the start to the end of the application."""
     store = await asyncio.to_thread(Store, settings.data_dir, settings.database)
     spent = usage.Usage(store)
@@ -117,16 +147,29 @@ async def _running(
     app.state.service = service
     lease = await models.acquire(models.default.name)
     lease.release()
-    tasks = [asyncio.create_task(spent.run())]
-    if settings.idle_unload is not None:
-        tasks.append(asyncio.create_task(_unload_idle(models, settings.idle_unload)))
+    tasks = [
+        asyncio.create_task(spent.run()),
+        asyncio.create_task(_unload_idle(models, settings.idle_unload)),
+    ]
+    service.batches = Batches(
+        store,
+        service.files,
+        executor(service),
+        concurrency=settings.batch_concurrency,
+        keys=keys,
+        max_line_bytes=settings.max_body_bytes,
+        on_line=counts.batch_line,
+    )
+    await service.batches.start()
+    service.responses = Responses(store)
+    await service.responses.start()
     service.ready = True
-    if on_ready:
-        on_ready(service)
     try:
-        yield
+        yield service
     finally:
         service.ready = False
+        await service.responses.stop()
+        await service.batches.stop()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -135,9 +178,9 @@ async def _running(
         await asyncio.to_thread(store.close)
 
 
-async def _unload_idle(models: Models, seconds: float) -> None:
+async def _unload_idle(models: Models, seconds: float | None) -> None:
     while True:
-        await asyncio.sleep(min(seconds, _IDLE_CHECK_SECONDS))
+        await asyncio.sleep(_IDLE_CHECK_SECONDS)
         await models.unload_idle(seconds)
 
 
@@ -152,10 +195,12 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return answer(request, validation_error(error.errors()))
+        return answer(request, validation_error(error.errors(), error.body))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # of a body that is no text
+            return answer(request, ApiError(400, "body: cannot be read as JSON", param="body"))
         words = {404: f"no such route: {request.method} {request.url.path}",
                  405: f"{request.method} is not a method of {request.url.path}"}  # fmt: skip
         message = words.get(error.status_code, str(error.detail))

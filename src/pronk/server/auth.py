@@ -1,8 +1,9 @@
 """Who calls, and what they may do.
 
-Every route declares `Depends(caller(SCOPE))`; the few that need none are named in `OPEN_PATHS`, and
-a server with any other does not start (`check_routes`). So a route that somebody forgot to protect
-is a failed start, not an open door.
+Where keys are set, `AuthLayer` asks everybody for one before anything is read. Every route declares
+`Depends(caller(SCOPE))`, too; the few that need none are named in `OPEN_PATHS`, and a server with
+any other does not start (`check_routes`). So a route that somebody forgot to protect is a failed
+start, not an open door.
 
 Without a key file everybody is the same anonymous caller, who may do all but control the server.
 Control routes (scope admin) want the control token or a key with that scope, always.
@@ -17,12 +18,13 @@ from fastapi import FastAPI
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import iter_route_contexts
 from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pronk.core.errors import PronkError
 from pronk.server.errors import ApiError
 from pronk.server.keys import SCOPES, Key
 from pronk.server.limits import enter
-from pronk.server.logs import current_request
+from pronk.server.logs import current_request, send_error
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/"})
 """Routes that nobody needs a key for: is it alive, does it take requests, and the page, which holds
@@ -101,22 +103,55 @@ def caller(
     return _Wanted(scope, scope == "inference" if limited is None else limited)
 
 
+class AuthLayer:
+    """ASGI middleware: where keys are set, whoever has none gets 401 before anything else: no body
+    is read, and no route, not even one that does not exist, answers. What the key may do is the
+    routes' business."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not _is_open(scope["path"]):
+            connection = HTTPConnection(scope)
+            service = connection.app.state.service
+            try:
+                _identify(connection)
+            except ApiError as error:
+                service.metrics.auth_failed(error.code)
+                await send_error(error, scope["path"], send)
+                return
+        await self.app(scope, receive, send)
+
+
 def authenticate(connection: HTTPConnection, scope: str) -> Caller:
     """The caller of a request; ApiError 401 or 403 where it is nobody who has `scope`."""
+    found = _identify(connection)
+    if scope in found.scopes:
+        return found
+    if found is ANONYMOUS:
+        raise _unknown(
+            "this route controls the server; it needs the control token printed at its start, as"
+            " `Authorization: Bearer TOKEN`",
+            "control_token_required",
+        )
+    has = ", ".join(sorted(found.scopes)) or "none"
+    raise ApiError(
+        403,
+        f"the key {found.name!r} lacks the scope {scope!r}; it has: {has}",
+        code="missing_scope",
+    )
+
+
+def _identify(connection: HTTPConnection) -> Caller:
+    """Whose request it is, whatever it asks for; ApiError 401 where that is unknown."""
     service = connection.app.state.service
     secret = _secret(connection)
     if _is_control_token(secret, service.settings.control_token):
         # without keys there is one owner, whoever asks
         return Caller("" if service.keys is None else CONTROL_NAME, CONTROL_NAME, SCOPES)
     if service.keys is None:
-        found = ANONYMOUS
-        if scope not in found.scopes:
-            raise _unknown(
-                "this route controls the server; it needs the control token printed at its start,"
-                " as `Authorization: Bearer TOKEN`",
-                "control_token_required",
-            )
-        return found
+        return ANONYMOUS
     if secret is None:
         raise _unknown(
             "an API key is needed, as `Authorization: Bearer KEY` or `x-api-key: KEY`",
@@ -125,13 +160,6 @@ def authenticate(connection: HTTPConnection, scope: str) -> Caller:
     key = service.keys.find(secret)
     if key is None:
         raise _unknown("the API key is unknown, removed or expired", "invalid_api_key")
-    if scope not in key.scopes:
-        has = ", ".join(sorted(key.scopes)) or "none"
-        raise ApiError(
-            403,
-            f"the key {key.name!r} lacks the scope {scope!r}; it has: {has}",
-            code="missing_scope",
-        )
     return Caller(key.id, key.name, key.scopes, key.models, key)
 
 

@@ -1,13 +1,12 @@
 """How large the body of a request may be."""
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pronk.server.errors import ApiError, error_body
-from pronk.server.logs import request_id
+from pronk.server.errors import ApiError
+from pronk.server.logs import send_error
 
 if TYPE_CHECKING:
     from pronk.server.metrics import Metrics
@@ -45,7 +44,9 @@ class BodyLimitLayer:
                     raise  # not of the body's size
         if (declared is not None and declared > limit) or body.refused:
             self._metrics.refused("body")
-            await _send_too_large(scope["path"], limit, send)
+            words = f"body: more than {limit} bytes, the limit of this route"
+            error = ApiError(413, words, code="body_too_large")
+            await send_error(error, scope["path"], send)
 
 
 class _TooLarge(Exception):
@@ -87,17 +88,3 @@ def _content_length(scope: Scope) -> int | None:
         if name == b"content-length" and value.isdigit():
             return int(value)
     return None
-
-
-async def _send_too_large(path: str, limit: int, send: Send) -> None:
-    error = ApiError(
-        413, f"body: more than {limit} bytes, the limit of this route", code="body_too_large"
-    )
-    body = json.dumps(error_body(path, error, request_id())).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(body)),
-        (b"connection", b"close"),  # the rest of the body is not read
-    ]
-    await send({"type": "http.response.start", "status": 413, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

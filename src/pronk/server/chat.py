@@ -20,7 +20,7 @@ from pronk.server.generation import Answer, Generation, Update
 from pronk.server.limits import check_schema
 from pronk.server.models import Lease
 from pronk.server.schema import new_id, now
-from pronk.server.service import BATCH_PRIORITY, Call
+from pronk.server.service import BATCH_PRIORITY, Call, refuse
 from pronk.server.streams import DONE, EventStream, event
 from pronk.text.events import TextDelta, ToolCallArgumentsDelta, ToolCallStart
 from pronk.text.messages import messages_from_dicts
@@ -91,7 +91,8 @@ async def begin(call: Call, body: t.ChatRequest) -> Job:
         lease.release()
         raise
     headers = {UNENFORCED: ", ".join(sorted(chat.unenforced))} if chat.unenforced else {}
-    return Job(body, Generation(call, lease, requests), new_id("chatcmpl-"), now(), headers)
+    generation = Generation(call, lease, requests, body.n or 1)
+    return Job(body, generation, new_id("chatcmpl-"), now(), headers)
 
 
 def check(call: Call, body: t.ChatRequest) -> None:
@@ -99,6 +100,12 @@ def check(call: Call, body: t.ChatRequest) -> None:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs: needs logprobs=true", param="top_logprobs")
     check_stream_options(body)
+    if None not in (body.max_tokens, body.max_completion_tokens):
+        refuse(
+            body.max_tokens != body.max_completion_tokens, "max_tokens",
+            f"is the old name of max_completion_tokens, and {body.max_tokens} is not"
+            f" {body.max_completion_tokens}",
+        )  # fmt: skip
     most = call.service.settings.max_schema_bytes
     if body.response_format is not None:
         check_schema("response_format", body.response_format.model_dump(), max_bytes=most)
@@ -117,6 +124,11 @@ def chat_of(body: t.ChatRequest) -> Chat:
     dicts = [_tool_dict(tool) for tool in body.tools or ()]
     choice, allowed = tool_choice(body.tool_choice)
     if allowed is not None:
+        unknown = allowed - {tool["function"]["name"] for tool in dicts}
+        refuse(
+            bool(unknown), "tool_choice.allowed_tools.tools",
+            f"{', '.join(sorted(unknown)):.80} is not among the tools",
+        )  # fmt: skip
         dicts = [tool for tool in dicts if tool["function"]["name"] in allowed]
     return Chat(
         messages,
@@ -156,7 +168,7 @@ def options_of(body: t.SamplingBody, tokenizer: Tokenizer) -> dict[str, Any]:
     same = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
             "frequency_penalty", "ignore_eos")  # fmt: skip
     options: dict[str, Any] = {name: getattr(body, name) for name in same}
-    options["stop"] = body.stop or None
+    options["stop"] = None if body.stop == [] else body.stop
     options["stop_ids"] = body.stop_token_ids
     options["logit_bias"] = _bias(body.logit_bias)
     return options

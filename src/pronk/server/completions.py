@@ -2,19 +2,15 @@
 prompt, which is how others score texts (lm-eval's local-completions)."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
-import numpy as np
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
-from pronk.backends.protocol import F32
-from pronk.backends.reference import log_softmax
-from pronk.core.errors import UserError
+from pronk.core.errors import ContextLengthError, UserError
 from pronk.engine import request as engine_request
-from pronk.engine.sampling import TokenLogprob
 from pronk.server import openai_types as t
 from pronk.server.auth import Caller, caller
 from pronk.server.chat import (
@@ -25,14 +21,14 @@ from pronk.server.chat import (
     usage_of,
     who_of,
 )
-from pronk.server.errors import ApiError
-from pronk.server.generation import Answer, Generation
+from pronk.server.completion_logprobs import EchoedPrompt, Offsets, joined, logprobs_of
+from pronk.server.errors import ApiError, context_error
+from pronk.server.generation import Answer, Generation, Update
 from pronk.server.limits import check_schema
 from pronk.server.models import Lease
 from pronk.server.schema import new_id, now
 from pronk.server.service import Call
 from pronk.server.streams import DONE, EventStream, event
-from pronk.text.tokenizer import Tokenizer
 
 router = APIRouter(tags=["completions"])
 
@@ -68,7 +64,7 @@ async def create_completion(
 class Job:
     body: t.CompletionRequest
     generation: Generation
-    prompts: Sequence["PromptScores"]
+    prompts: Sequence[EchoedPrompt]
     """One for each answer."""
     id: str
     created: int
@@ -104,26 +100,31 @@ async def begin(call: Call, body: t.CompletionRequest) -> Job:
     except BaseException:
         lease.release()
         raise
-    generation = Generation(call, lease, requests)
+    try:
+        generation = Generation(call, lease, requests, body.n or 1)
+    except ContextLengthError as error:
+        raise context_error(error, "prompt") from None
     return Job(body, generation, scores, new_id("cmpl-"), now())
 
 
-def prompts_of(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
-    """One prompt or many, texts or token ids."""
+def prompts_of(
+    prompt: str | list[str] | list[int] | list[list[int]], name: str = "prompt"
+) -> list[str | list[int]]:
+    """One prompt or many, texts or token ids; errors call it `name`."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise UserError("prompt: the list is empty")
+        raise UserError(f"{name}: the list is empty")
     if isinstance(prompt[0], int):
         return [prompt]
     if len(prompt) > _MOST_PROMPTS:
-        raise UserError(f"prompt: {len(prompt)} prompts are more than {_MOST_PROMPTS}")
+        raise UserError(f"{name}: {len(prompt)} texts are more than {_MOST_PROMPTS}")
     return list(prompt)
 
 
 def _requests(
     call: Call, lease: Lease, body: t.CompletionRequest
-) -> tuple[list[engine_request.Request], list["PromptScores"]]:
+) -> tuple[list[engine_request.Request], list[EchoedPrompt]]:
     prompter, tokenizer = lease.llm.prompter, lease.llm.tokenizer
     options = options_of(body, tokenizer)
     options["max_tokens"] = 1 if body.max_tokens == 0 else body.max_tokens
@@ -132,7 +133,8 @@ def _requests(
     requests, scores = [], []
     for prompt in prompts_of(body.prompt):
         ids = list(prompter.ids(prompt))
-        scored = PromptScores(ids, tokenizer.vocab_size, body.logprobs or 0)
+        n_hidden = 1 if isinstance(prompt, str) and tokenizer.add_bos else 0
+        scored = EchoedPrompt(ids, tokenizer, n_hidden=n_hidden, n_top=body.logprobs or 0)
         for i in range(body.n or 1):
             seeded = {**options, "seed": seed_of(body.seed, i)}
             request = prompter.completion(ids, seeded, shape, defaults={}, **who)
@@ -141,36 +143,6 @@ def _requests(
             requests.append(request)
             scores.append(scored)
     return requests, scores
-
-
-class PromptScores:
-    """Log probabilities of a prompt's tokens, gathered while it is computed (an observer of
-    engine/request.py; called in the engine's thread)."""
-
-    def __init__(self, ids: Sequence[int], vocab_size: int, n_top: int) -> None:
-        self.ids = ids
-        self._vocab_size = vocab_size
-        self._n_top = n_top
-        self._found: dict[int, TokenLogprob] = {}
-
-    def observe(self, start: int, logits_NV: F32) -> None:
-        for i, logits_V in enumerate(logits_NV, start + 1):
-            if i < len(self.ids):
-                self._found[i] = self._score(logits_V[: self._vocab_size], self.ids[i])
-
-    def _score(self, logits_V: F32, token: int) -> TokenLogprob:
-        logprobs_V = log_softmax(logits_V)
-        top: list[tuple[int, float]] = []
-        if self._n_top:
-            likeliest = np.argpartition(-logprobs_V, self._n_top - 1)[: self._n_top]
-            order = sorted(likeliest.tolist(), key=lambda id: (-logprobs_V[id], id))
-            top = [(id, float(logprobs_V[id])) for id in order]
-        return TokenLogprob(token, float(logprobs_V[token]), tuple(top))
-
-    @property
-    def tokens(self) -> list[TokenLogprob | None]:
-        """One for each token of the prompt; nothing comes before the first."""
-        return [self._found.get(i) for i in range(len(self.ids))]
 
 
 # The answer as a whole.
@@ -195,8 +167,6 @@ async def whole(job: Job) -> dict[str, Any]:
 def usage(job: Job) -> t.CompletionUsage:
     """Each prompt counts once, however many answers it has."""
     found = usage_of(job.generation)
-    n = job.body.n or 1
-    found.prompt_tokens = sum(r.n_prompt for r in job.generation.requests[::n])
     if job.body.max_tokens == 0:
         found.completion_tokens = 0
     found.total_tokens = found.prompt_tokens + found.completion_tokens
@@ -204,23 +174,24 @@ def usage(job: Job) -> t.CompletionUsage:
 
 
 def choice_of(job: Job, answer: Answer) -> t.CompletionChoice:
-    body, tokenizer = job.body, job.lease.llm.tokenizer
-    scored: list[TokenLogprob | None] = []
-    ids: list[int] = []
+    tokenizer = job.lease.llm.tokenizer
     text = ""
-    if body.echo:
+    parts: list[t.CompletionLogprobs] = []
+    if job.body.echo:
         prompt = job.prompts[answer.index]
-        text += tokenizer.decode(prompt.ids)
-        ids += prompt.ids
-        scored += prompt.tokens
-    if body.max_tokens != 0:
+        text = prompt.text
+        if job.body.logprobs is not None:
+            parts.append(prompt.logprobs)
+    if job.body.max_tokens != 0:
+        ids = answer.request.output
+        offsets = Offsets(tokenizer, len(text)).of(ids)
         text += answer.text
-        ids += answer.request.output
-        scored += answer.request.logprobs
+        if job.body.logprobs is not None:
+            parts.append(logprobs_of(tokenizer, ids, answer.request.logprobs, offsets))
     return t.CompletionChoice(
         index=answer.index,
         text=text,
-        logprobs=None if body.logprobs is None else _logprobs(tokenizer, ids, scored, 0),
+        logprobs=None if job.body.logprobs is None else joined(*parts),
         finish_reason=_reason(answer),
         stop_reason=answer.stop_reason,
         seed=answer.request.seed,
@@ -231,34 +202,7 @@ def _reason(answer: Answer) -> Any:
     return "length" if answer.finish_reason == "length" else "stop"
 
 
-def _logprobs(
-    tokenizer: Tokenizer, ids: Sequence[int], scored: Sequence[TokenLogprob | None], start: int
-) -> t.CompletionLogprobs:
-    """`start`: characters of the text before the first of these tokens."""
-
-    def word(id: int) -> str:
-        return tokenizer.token_bytes(id).decode("utf-8", "replace")
-
-    tokens = [word(id) for id in ids]
-    offsets = []
-    for token in tokens:
-        offsets.append(start)
-        start += len(token)
-    return t.CompletionLogprobs(
-        text_offset=offsets,
-        tokens=tokens,
-        token_logprobs=[None if s is None else s.logprob for s in scored],
-        top_logprobs=[
-            None if s is None else {word(id): logprob for id, logprob in s.top} for s in scored
-        ],
-    )
-
-
 # The answer in pieces.
-
-
-class _Chunk(Protocol):
-    def __call__(self, index: int, text: str, **more: Any) -> str: ...
 
 
 async def chunks(job: Job) -> AsyncGenerator[str, None]:
@@ -273,42 +217,49 @@ async def chunks(job: Job) -> AsyncGenerator[str, None]:
     }
     if with_usage:
         head["usage"] = None
-    tokenizer = job.lease.llm.tokenizer
-    offsets: dict[int, int] = {}
-    begun: set[int] = set()
-
-    def chunk(index: int, text: str, **more: Any) -> str:
-        choice = {"index": index, "text": text, "logprobs": None, "finish_reason": None, **more}
-        return event({**head, "choices": [choice]})
-
+    choices = [_Choice(job, prompt) for prompt in job.prompts]
     async for update in generation.updates():
-        answer = update.answer
-        if body.echo and answer.index not in begun:
-            begun.add(answer.index)
-            yield _echo(job, answer, chunk)
-            prompt = job.prompts[answer.index]
-            offsets[answer.index] = len(tokenizer.decode(prompt.ids))
-        if body.max_tokens != 0 and (update.text or update.logprobs):
-            more: dict[str, Any] = {}
-            if update.logprobs:
-                at = offsets.get(answer.index, 0)
-                ids = [item.token for item in update.logprobs]
-                found = _logprobs(tokenizer, ids, update.logprobs, at)
-                offsets[answer.index] = at + sum(map(len, found.tokens))
-                more["logprobs"] = found.model_dump()
-            yield chunk(answer.index, update.text, **more)
-        if answer.finish_reason is not None:
-            end: Mapping[str, Any] = {"finish_reason": _reason(answer)}
-            yield chunk(answer.index, "", stop_reason=answer.stop_reason, **end)
+        for choice in choices[update.answer.index].of(update):
+            yield event({**head, "choices": [choice]})
     if with_usage:
         yield event({**head, "choices": [], "usage": usage(job).model_dump()})
     yield DONE
 
 
-def _echo(job: Job, answer: Answer, chunk: _Chunk) -> str:
-    prompt, tokenizer = job.prompts[answer.index], job.lease.llm.tokenizer
-    text = tokenizer.decode(prompt.ids)
-    if job.body.logprobs is None:
-        return chunk(answer.index, text)
-    found = _logprobs(tokenizer, prompt.ids, prompt.tokens, 0)
-    return chunk(answer.index, text, logprobs=found.model_dump())
+class _Choice:
+    """One answer in pieces."""
+
+    def __init__(self, job: Job, prompt: EchoedPrompt) -> None:
+        self._job, self._prompt = job, prompt
+        self._tokenizer = job.lease.llm.tokenizer
+        start = len(prompt.text) if job.body.echo else 0
+        self._offsets = Offsets(self._tokenizer, start)
+        self._begun = False
+
+    def of(self, update: Update) -> list[dict[str, Any]]:
+        """What is to be sent of an update."""
+        answer, body = update.answer, self._job.body
+        found = []
+        if body.echo and not self._begun:
+            scores = None if body.logprobs is None else self._prompt.logprobs
+            found.append(_piece(answer, self._prompt.text, scores))
+        self._begun = True
+        if body.max_tokens != 0 and (update.text or update.logprobs):
+            found.append(_piece(answer, update.text, self._logprobs(update)))
+        if answer.finish_reason is not None:
+            end = {"finish_reason": _reason(answer), "stop_reason": answer.stop_reason}
+            found.append({**_piece(answer, ""), **end})
+        return found
+
+    def _logprobs(self, update: Update) -> t.CompletionLogprobs | None:
+        if not update.logprobs:
+            return None
+        ids = [item.token for item in update.logprobs]
+        return logprobs_of(self._tokenizer, ids, update.logprobs, self._offsets.of(ids))
+
+
+def _piece(
+    answer: Answer, text: str, logprobs: t.CompletionLogprobs | None = None
+) -> dict[str, Any]:
+    scores = None if logprobs is None else logprobs.model_dump()
+    return {"index": answer.index, "text": text, "logprobs": scores, "finish_reason": None}

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pronk.core.errors import ContextLengthError, PronkError, UserError
+from pronk.core.errors import ContextLengthError, MemoryLimitError, PronkError, UserError
 
 _PARAM = re.compile(r"([\w.\[\]]+): ")
 
@@ -64,10 +64,9 @@ def api_error_of(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextLengthError):
-        message = (
-            f"{error} (n_prompt_tokens={error.n_prompt}, n_ctx={error.n_context}); nothing was cut"
-        )
-        return ApiError(400, message, param="messages", code="context_length_exceeded")
+        return context_error(error, "messages")
+    if isinstance(error, MemoryLimitError):  # of a model that is loaded when it is asked for
+        return ApiError(503, str(error), code="model_capacity")
     if isinstance(error, UserError):
         named = _PARAM.match(str(error))
         return ApiError(400, str(error), param=named[1] if named else None)
@@ -76,6 +75,14 @@ def api_error_of(error: Exception) -> ApiError:
     if isinstance(error, PronkError):
         return ApiError(500, str(error))
     return ApiError(500, f"internal error ({type(error).__name__}); the server's log says more")
+
+
+def context_error(error: ContextLengthError, param: str) -> ApiError:
+    """A prompt that is too long, which came as `param`."""
+    message = (
+        f"{error} (n_prompt_tokens={error.n_prompt}, n_ctx={error.n_context}); nothing was cut"
+    )
+    return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
 def error_body(path: str, error: ApiError, request_id: str | None = None) -> dict[str, Any]:
@@ -104,11 +111,10 @@ def anthropic_error(error: ApiError, request_id: str | None = None) -> dict[str,
     return body if request_id is None else {**body, "request_id": request_id}
 
 
-def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """What pydantic found wrong with a body, a query or a path: the first of it, by name."""
-    first = errors[0]
-    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    param = _dotted(where)
+def validation_error(errors: Sequence[Mapping[str, Any]], body: Any = None) -> ApiError:
+    """What pydantic found wrong with a body, a query or a path: the first of it, by name. `body` is
+    what was checked, as far as it could be read."""
+    first, param = _first_of(errors, body)
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
         return ApiError(400, f"body: not JSON: {reason}", param="body")
@@ -119,27 +125,85 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
             param=param,
             code="unknown_parameter",
         )
-    if first["type"] == "missing":
+    if first["type"] in _MISSING:
         return ApiError(
             400, f"{param or 'body'}: is missing", param=param or "body",
             code="missing_required_parameter",
         )  # fmt: skip
+    if first["type"] == "union_tag_invalid":
+        tag, known = first["ctx"]["tag"], first["ctx"]["expected_tags"]
+        return ApiError(400, f"{param}: {tag!r:.80} is not one of {known}", param=param)
+    if isinstance(first.get("input"), bytes):
+        words = "body: is not told to be JSON; send the header Content-Type: application/json"
+        return ApiError(400, words, param="body")
     words = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     shown = f"{first.get('input')!r:.80}"
-    return ApiError(400, f"{param or 'body'}: {words}; got {shown}", param=param or "body")
+    code = "unsupported_parameter" if first["type"] == "unsupported_parameter" else None
+    return ApiError(
+        400, f"{param or 'body'}: {words}; got {shown}", param=param or "body", code=code
+    )
 
 
-def _dotted(parts: Sequence[str]) -> str:
-    """`messages[0].content`, without the tags that pydantic adds for the members of a union."""
+def _first_of(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[Mapping[str, Any], str]:
+    """The first mistake and where it is. Of a value that fits no member of a union pydantic tells
+    what each member finds wrong: the member that finds it deepest inside came closest, and among
+    equals one that did not mind the type of the value."""
+    placed = [(_place(error, body), error) for error in errors]
+    outer = placed[0][0]
+    inside = [one for one in placed if one[0][: len(outer)] == outer]
+    place, error = max(inside, key=lambda one: (len(one[0]), not one[1]["type"].endswith("_type")))
+    return error, _dotted(place)
+
+
+def _place(error: Mapping[str, Any], body: Any) -> tuple[str | int, ...]:
+    """Where in the body, the query or the path a mistake is: pydantic's location without the tags
+    that it adds for the members of unions, which are no part of what was sent."""
+    source, *loc = error["loc"] if error["loc"][:1] in _SOURCES else ("body", *error["loc"])
+    if error["type"].startswith("union_tag"):
+        loc.append(error["ctx"]["discriminator"].strip("'"))
+    if source == "body" and isinstance(body, Mapping):
+        return _place_in_body(loc, error["type"], body)
+    return tuple(p for i, p in enumerate(loc) if not i or isinstance(p, int) or not _is_tag(p))
+
+
+_MISSING = ("missing", "union_tag_not_found")
+_SOURCES = (("body",), ("query",), ("path",), ("header",), ("cookie",))
+
+
+def _place_in_body(loc: Sequence[str | int], kind: str, body: Any) -> tuple[str | int, ...]:
+    """The parts of a location that are really in the body, as many as can be; the last one of what
+    is missing, or ought not to be there, is a name for certain."""
+    if not loc:
+        return ()
+    part, rest = loc[0], loc[1:]
+    if not rest and kind in _MISSING:
+        return (part,)
+    try:
+        inside: tuple[str | int, ...] = (part, *_place_in_body(rest, kind, body[part]))
+    except (LookupError, TypeError):
+        inside = ()
+    if isinstance(part, int) or (not rest and inside):
+        return inside
+    if kind == "extra_forbidden" and inside[-1:] == tuple(loc[-1:]):
+        return inside
+    skipped = _place_in_body(rest, kind, body)
+    return skipped if kind == "extra_forbidden" or len(skipped) > len(inside) else inside
+
+
+def _dotted(parts: Sequence[str | int]) -> str:
+    """`messages[0].content`"""
     text = ""
     for part in parts:
-        if part.isdecimal():
+        if isinstance(part, int):
             text += f"[{part}]"
-        elif re.fullmatch(r"[\w$-]+", part) and not _is_tag(part):
-            text += f".{part}" if text else part
+        else:
+            text += f".{part}" if text else f"{part:.100}"
     return text
 
 
 def _is_tag(part: str) -> bool:
-    """Names of types that stand in pydantic's locations, not in the body."""
-    return part[:1].isupper() or part in ("str", "int", "float", "bool", "list", "dict")
+    """Names of types that stand in pydantic's locations."""
+    return re.fullmatch(r"[\w$-]+", part) is None or part[:1].isupper() or part in _TYPE_NAMES
+
+
+_TYPE_NAMES = ("str", "int", "float", "bool", "list", "dict", "none")

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from pronk.server import chat, completions
+from pronk.server import chat, completions, embeddings, responses
 from pronk.server.auth import Caller
 from pronk.server.errors import api_error_of, openai_error, validation_error
 from pronk.server.openai_types import ChatRequest, CompletionRequest
+from pronk.server.response_types import ResponseRequest
 from pronk.server.service import BATCH_PRIORITY, Call, Service
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ class _Endpoint(NamedTuple):
 ENDPOINTS: Mapping[str, _Endpoint] = {
     "/v1/chat/completions": _Endpoint(ChatRequest, chat.execute),
     "/v1/completions": _Endpoint(CompletionRequest, completions.execute),
+    "/v1/embeddings": _Endpoint(embeddings.EmbeddingRequest, embeddings.execute),
+    "/v1/responses": _Endpoint(ResponseRequest, responses.execute),
 }
 
 
@@ -40,7 +43,7 @@ def executor(service: Service) -> Execute:
             checked = kind.body.model_validate(body)
             return 200, await kind.run(Call(service, caller, BATCH_PRIORITY), checked)
         except ValidationError as error:
-            failure = validation_error(error.errors())
+            failure = validation_error(error.errors(), body)
         except Exception as error:
             failure = api_error_of(error)
             if failure.status >= 500:

@@ -15,6 +15,8 @@ from pronk.server.schema import Answer
 from pronk.server.storage.files import StoredFile
 from pronk.server.upload import Form, boundary_of, read_form
 
+__all__ = ["Files", "router"]
+
 PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
 LIFETIMES = range(3600, 30 * 86_400 + 1)
 """Seconds for which a file may be asked to live."""

@@ -92,10 +92,14 @@ class Generation:
     """Requests to one model, from their start to their end. Whoever makes one closes it: that ends
     what still runs, counts what was taken and lets the model go."""
 
-    def __init__(self, call: Call, lease: Lease, requests: Sequence[Request]) -> None:
-        """Takes over the lease. Raises ApiError where the caller's limits do not allow the
-        requests, UserError for one that can never run; the lease is released then."""
+    def __init__(
+        self, call: Call, lease: Lease, requests: Sequence[Request], each: int = 1
+    ) -> None:
+        """`each` answers of every prompt, one prompt after another. Takes over the lease. Raises
+        ApiError where the caller's limits do not allow the requests, UserError for one that can
+        never run; the lease is released then."""
         self.call, self.lease, self.requests = call, lease, requests
+        self._prompts = requests[::each]
         eom_id = lease.llm.tokenizer.special_ids.get("<|eom_id|>")
         self.answers = [Answer(i, r, eom_id=eom_id) for i, r in enumerate(requests)]
         self._changed = asyncio.Event()
@@ -113,11 +117,11 @@ class Generation:
 
     @property
     def prompt_tokens(self) -> int:
-        return self.requests[0].n_prompt
+        return sum(request.n_prompt for request in self._prompts)
 
     @property
     def cached_tokens(self) -> int:
-        return self.requests[0].cached or 0
+        return sum(request.cached or 0 for request in self._prompts)
 
     @property
     def completion_tokens(self) -> int:
@@ -232,4 +236,4 @@ def _finish_reason(answer: Answer) -> FinishReason:
     reason = answer.request.finish_reason
     assert reason is not None
     assert reason != "error"
-    return "tool_calls" if answer.calls and reason == "stop" else reason
+    return "tool_calls" if answer.calls and reason == "stop" and not answer.cut else reason

@@ -1,10 +1,12 @@
-"""The layers around the routes, outermost first: requests' ids, logs and metrics; traces; limits;
-bodies. All are plain ASGI: a client that goes away is seen below them at once, and streams pass."""
+"""The layers around the routes, outermost first: requests' ids, logs and metrics; traces; keys;
+limits; bodies. All are plain ASGI: a client that goes away is seen below them at once, and streams
+pass."""
 
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
+from pronk.server.auth import AuthLayer
 from pronk.server.bodies import BodyLimitLayer
 from pronk.server.limits import Limits, LimitsLayer
 from pronk.server.logs import RequestLayer
@@ -35,6 +37,7 @@ def add_layers(
         metrics=metrics,
     )
     app.add_middleware(LimitsLayer, limits=limits)
+    app.add_middleware(AuthLayer)
     if tracing is not None:
         app.add_middleware(TracingLayer, provider=tracing)
     app.add_middleware(RequestLayer, metrics=metrics)

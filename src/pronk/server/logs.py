@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pronk.server.errors import api_error_of, error_body
+from pronk.server.errors import ApiError, api_error_of, error_body
 
 if TYPE_CHECKING:
     from pronk.server.metrics import Metrics
@@ -159,13 +159,16 @@ async def _answer(error: Exception, info: RequestInfo, exchange: _Exchange) -> N
     if exchange.status:
         exchange.status = 500
         return
-    failure = api_error_of(error)
-    body = json.dumps(error_body(info.path, failure, info.id)).encode()
+    await send_error(api_error_of(error), info.path, exchange.send)
+
+
+async def send_error(error: ApiError, path: str, send: Send) -> None:
+    """Answers with an error from a layer, where no route does it."""
+    body = json.dumps(error_body(path, error, request_id()), ensure_ascii=False).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    headers += [(name.encode(), value.encode()) for name, value in failure.headers.items()]
-    start = {"type": "http.response.start", "status": failure.status, "headers": headers}
-    await exchange.send(start)
-    await exchange.send({"type": "http.response.body", "body": body})
+    headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _id_of(scope: Scope) -> str:
@@ -266,5 +269,9 @@ def log_config(format: Literal["text", "json"], *, level: str = "INFO") -> dict[
             }
         },
         # uvicorn's lines of requests know neither the id nor the key; ours take their place
-        "loggers": {"pronk": ours, "uvicorn": ours, "uvicorn.access": quiet},
+        "loggers": {
+            "pronk": ours,
+            "uvicorn": {**ours, "level": "WARNING"},
+            "uvicorn.access": quiet,
+        },
     }

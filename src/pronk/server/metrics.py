@@ -21,6 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from pronk.engine.disk_blocks import DiskStats
 from pronk.engine.engine import EngineStats
 from pronk.server.auth import Caller, caller
 
@@ -76,15 +77,10 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_0
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
-@dataclass(frozen=True, slots=True)
-class DiskStats:
-    """Blocks of computed prompts that are kept on disk; counts are since the model was loaded."""
+_NO_DISK = DiskStats(0, 0, 0, 0, 0, 0, True)
 
-    blocks: int = 0
-    nbytes: int = 0
-    hits: int = 0
-    """Blocks read back instead of computed."""
-    writes: int = 0
+
+def _nothing() -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +88,11 @@ class _Watched:
     """A loaded model: whom to ask for its numbers."""
 
     engine: Callable[[], EngineStats]
-    disk: Callable[[], DiskStats] | None
+    disk: Callable[[], DiskStats | None]
     adapters: Callable[[], int] | None
 
     def read(self) -> tuple[EngineStats, DiskStats]:
-        return self.engine(), self.disk() if self.disk else DiskStats()
+        return self.engine(), self.disk() or _NO_DISK
 
 
 class Metrics:
@@ -178,7 +174,7 @@ class Metrics:
         model: str,
         engine: Callable[[], EngineStats],
         *,
-        disk: Callable[[], DiskStats] | None = None,
+        disk: Callable[[], DiskStats | None] = _nothing,
         adapters: Callable[[], int] | None = None,
     ) -> None:
         """A model was loaded; from now on its numbers are read from these."""
@@ -324,8 +320,8 @@ def _counts(engine: EngineStats, disk: DiskStats) -> Counter[str]:
             "vllm:num_preemptions": engine.preemptions,
             "vllm:spec_decode_num_draft_tokens": engine.drafted,
             "vllm:spec_decode_num_accepted_tokens": engine.accepted,
-            "pronk_disk_block_hits": disk.hits,
-            "pronk_disk_block_writes": disk.writes,
+            "pronk_disk_block_hits": disk.loaded,
+            "pronk_disk_block_writes": disk.saved,
         }
     )
 
@@ -358,7 +354,6 @@ def _gauges(
         "Blocks in no request that prompts may find.",
         lambda e: e.blocks_cached,
     )
-    yield of_disk("pronk_disk_blocks", "Blocks kept on disk.", lambda d: d.blocks)
     yield of_disk("pronk_disk_bytes", "Bytes of the blocks kept on disk.", lambda d: d.nbytes)
     yield gauge("pronk_adapters_loaded", "LoRA adapters loaded.", adapters)
     yield GaugeMetricFamily("pronk_models_loaded", "Models in memory.", value=len(now))

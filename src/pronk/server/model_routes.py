@@ -9,6 +9,8 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from pronk import __version__
+from pronk.server.anthropic_models import Cursor, VersionHeader, model_info
+from pronk.server.anthropic_types import ModelInfo, ModelInfoList
 from pronk.server.auth import Caller, caller
 from pronk.server.errors import ApiError
 from pronk.server.models import Entry, Models
@@ -101,19 +103,42 @@ def _models_of(models: Models, who: Caller) -> list[Model]:
     return found
 
 
-@router.get("/v1/models", response_model=ModelList, summary="The models that may be asked for")
-async def list_models(request: Request, who: Inference) -> ModelList:
-    return ModelList(data=_models_of(_service(request).models, who))
+def _info_of(model: Model, models: Models) -> ModelInfo:
+    """The same for Anthropic's clients."""
+    known = models.find(model.id)[0].catalog
+    title = known.title if known and model.root is None else model.id
+    return model_info(model.id, title, model.created, model.max_model_len)
 
 
-@router.get("/v1/models/{model:path}", response_model=Model, summary="One model")
-async def get_model(request: Request, model: str, who: Inference) -> Model:
+@router.get(
+    "/v1/models",
+    response_model=ModelList | ModelInfoList,
+    summary="The models that may be asked for",
+)
+async def list_models(
+    request: Request,
+    who: Inference,
+    cursor: Annotated[Cursor, Depends()],
+    anthropic_version: VersionHeader = None,
+) -> ModelList | ModelInfoList:
+    """With the header anthropic-version in Anthropic's shape, else in OpenAI's, which has all."""
+    models = _service(request).models
+    found = _models_of(models, who)
+    if anthropic_version is not None:
+        return cursor.page([_info_of(model, models) for model in found])
+    return ModelList(data=found)
+
+
+@router.get("/v1/models/{model:path}", response_model=Model | ModelInfo, summary="One model")
+async def get_model(
+    request: Request, model: str, who: Inference, anthropic_version: VersionHeader = None
+) -> Model | ModelInfo:
     models = _service(request).models
     entry, adapter = models.find(model)
     wanted = adapter or entry.name
     for found in _models_of(models, who):
         if found.id == wanted:
-            return found
+            return found if anthropic_version is None else _info_of(found, models)
     raise ApiError(404, f"model: {model!r:.200} is not served here", param="model",
                    code="model_not_found")  # fmt: skip
 

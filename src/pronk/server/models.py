@@ -54,6 +54,9 @@ class Entry:
     loaded: Loaded | None = None
     users: int = 0
     last_used: float = 0.0
+    keep_alive: float | None = None
+    """Seconds without use after which it is unloaded, if somebody has asked for it (infinity: not
+    at all); forgotten when it was unloaded. None: what the settings say."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -84,7 +87,7 @@ class Lease:
 
 class Models:
     """`sources`: what `LLM` takes, the first of which is the default; `options`: arguments of `LLM`
-    for all of them; `aliases`: further names."""
+    for all of them; `aliases`: further names; `adapters` and `draft`: of the first model."""
 
     def __init__(
         self,
@@ -94,6 +97,7 @@ class Models:
         *,
         aliases: Mapping[str, str] | None = None,
         adapters: Mapping[str, Path] | None = None,
+        draft: str | None = None,
     ) -> None:
         self._metrics = metrics
         self._entries: dict[str, Entry] = {}
@@ -102,6 +106,8 @@ class Models:
             if entry.name in self._entries:
                 raise UserError(f"MODEL: {entry.name!r} is given twice")
             self._entries[entry.name] = entry
+        if draft is not None:
+            self.default.options = {**options, "draft": draft}
         self._names = self._all_names()
         for alias, name in (aliases or {}).items():
             self._names[alias.casefold()] = self.find(name)[0].name
@@ -155,12 +161,12 @@ class Models:
             await self._free(entry)
             return True
 
-    async def unload_idle(self, seconds: float) -> None:
-        """Unloads what nobody has used for so long."""
+    async def unload_idle(self, seconds: float | None) -> None:
+        """Unloads what nobody has used for so long (None: only where somebody asked for it)."""
         for entry in self:
-            if entry.loaded and not entry.users and time.monotonic() - entry.last_used >= seconds:
+            if entry.loaded and _is_idle(entry, seconds):
                 async with entry.lock:
-                    if entry.loaded and not entry.users:
+                    if entry.loaded and _is_idle(entry, seconds):
                         await self._free(entry)
 
     async def close(self) -> None:
@@ -181,9 +187,10 @@ class Models:
                     if not await self._make_room():
                         raise self._no_room(error) from error
             loaded = Loaded(llm, Worker(llm.engine, entry.name), _fingerprint(entry, llm))
-            for name, path in entry.adapters.items():
-                await asyncio.to_thread(llm.load_adapter, name, path)
-            self._metrics.watch(entry.name, llm.engine.stats)
+            self._metrics.watch(
+                entry.name, llm.engine.stats, disk=lambda: llm.disk_stats,
+                adapters=lambda: len(entry.adapters),
+            )  # fmt: skip
             seconds = round(time.monotonic() - started, 2)
             fields = {"model": entry.name, "seconds": seconds, "context": llm.context}
             log.info("loaded", extra={"fields": fields})
@@ -191,7 +198,9 @@ class Models:
 
     def _make(self, entry: Entry) -> LLM:
         source = entry.ref.path or entry.ref.text
-        return LLM(source, keep_free=self._promised(), **entry.options)
+        return LLM(
+            source, keep_free=self._promised(), adapters=dict(entry.adapters), **entry.options
+        )
 
     def _promised(self) -> int:
         """Bytes of KV caches that loaded models were promised and have not touched yet."""
@@ -216,6 +225,7 @@ class Models:
     async def _free(self, entry: Entry) -> None:
         loaded, entry.loaded = entry.loaded, None
         assert loaded is not None
+        entry.keep_alive = None
         self._metrics.unwatch(entry.name)
         await asyncio.to_thread(loaded.worker.close)
         await asyncio.to_thread(loaded.llm.close)
@@ -229,7 +239,8 @@ class Models:
         entry = self.default if base is None else self.find(base)[0]
         lease = await self.acquire(entry.name)
         try:
-            await asyncio.to_thread(lease.llm.load_adapter, name, path)
+            others = self._promised() - lease.llm.untouched_bytes
+            await asyncio.to_thread(lease.llm.load_adapter, name, path, keep_free=others)
             entry.adapters[name] = path
         finally:
             lease.release()
@@ -257,6 +268,13 @@ class Models:
                 if names.setdefault(name, entry.name) != entry.name:
                     shared.add(name)
         return {n: owner for n, owner in names.items() if n not in shared or n == owner.casefold()}
+
+
+def _is_idle(entry: Entry, seconds: float | None) -> bool:
+    limit = seconds if entry.keep_alive is None else entry.keep_alive
+    if limit is None or entry.users:
+        return False
+    return time.monotonic() - entry.last_used >= limit
 
 
 def _entry(source: str, options: Mapping[str, Any]) -> Entry:

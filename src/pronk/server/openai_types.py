@@ -100,7 +100,10 @@ class AllowedToolsChoice(Body):
     allowed_tools: AllowedTools
 
 
-ToolChoice = Literal["auto", "none", "required"] | NamedToolChoice | AllowedToolsChoice
+ToolChoice = (
+    Literal["auto", "none", "required"]
+    | Annotated[NamedToolChoice | AllowedToolsChoice, Field(discriminator="type")]
+)
 
 
 class JsonSchemaFormat(Body):
@@ -212,7 +215,7 @@ class ChatRequest(SamplingBody):
     audio: Unsupported = None
     prediction: Unsupported = None
     web_search_options: Unsupported = None
-    reasoning_effort: Unsupported = None
+    reasoning_effort: Literal["none"] | None = Accepted("Llama 3.1 does not reason in secret.")
     verbosity: Unsupported = None
     functions: Unsupported = None
     function_call: Unsupported = None

@@ -8,7 +8,10 @@ import secrets
 import time
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from pronk.core.files import is_unicode
 
 
 class Body(BaseModel):
@@ -25,7 +28,7 @@ class Answer(BaseModel):
 
 def _nothing(value: Any) -> None:
     if value not in (None, [], {}, False):
-        raise ValueError("is not supported by this server")
+        raise PydanticCustomError("unsupported_parameter", "is not supported by this server")
 
 
 Unsupported = Annotated[None, BeforeValidator(_nothing), Field(description="Not supported.")]
@@ -38,8 +41,19 @@ def Accepted(description: str) -> Any:
     return Field(default=None, description=description)
 
 
+def _whole(text: str) -> str:
+    if not is_unicode(text):
+        raise ValueError("has half of a surrogate pair, which no answer could hold")
+    return text
+
+
+_Whole = AfterValidator(_whole)
+
 Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    dict[
+        Annotated[str, Field(max_length=64), _Whole],
+        Annotated[str, Field(max_length=512), _Whole],
+    ],
     Field(max_length=16, description="At most 16 texts by name."),
 ]
 

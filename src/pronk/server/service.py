@@ -1,6 +1,7 @@
 """What the routes work with, and one call of them."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import Request
 
+from pronk.core.errors import CheckpointError
 from pronk.server.auth import Caller
 from pronk.server.disk import Files
 from pronk.server.errors import ApiError
@@ -22,6 +24,9 @@ from pronk.server.usage import Usage
 
 if TYPE_CHECKING:
     from pronk.server.batches import Batches
+    from pronk.server.response_background import Responses
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -42,6 +47,7 @@ class Service:
     limits: Limits
     files: Files
     batches: "Batches | None" = None
+    responses: "Responses | None" = None
     ready: bool = False
     """Whether the first model is loaded."""
 
@@ -72,7 +78,12 @@ class Call:
         """The model of that name, which the caller may use; to be released."""
         entry, adapter = self.service.models.find(name)
         self.caller.check_model(*filter(None, [adapter]), entry.name, *entry.aliases)
-        lease = await self.service.models.acquire(name)
+        try:
+            lease = await self.service.models.acquire(name)
+        except CheckpointError as error:  # whose words are about files of this machine
+            log.warning("a model cannot be loaded", exc_info=error)
+            words = f"model: {entry.name} cannot be loaded; the server's log says why"
+            raise ApiError(500, words, param="model", code="model_not_loadable") from None
         if info := current_request():
             info.model = lease.name
         return lease

@@ -1,5 +1,7 @@
 """Server-sent events."""
 
+import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
@@ -30,14 +32,14 @@ def failure(error: Exception) -> str:
 
 class EventStream(StreamingResponse):
     """The events of a generation, which is closed however the stream ends: also when the client
-    goes away, and when it had gone before the first event. What fails midway is told by
-    `on_error`, in the words of the API."""
+    goes away, and when it had gone before the first event. (None: of one that goes on without the
+    client.) What fails midway is told by `on_error`, in the words of the API."""
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
-        generation: Generation,
+        generation: Generation | None,
         events: AsyncGenerator[str, None],
         on_error: Callable[[Exception], str] = failure,
         headers: Mapping[str, str] | None = None,
@@ -47,10 +49,21 @@ class EventStream(StreamingResponse):
         self._generation = generation
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Watches for the client to go by itself: Starlette leaves that to `send` with some
+        servers, and a request that waits in the queue sends nothing."""
+        sent = asyncio.ensure_future(self.stream_response(send))
+        gone = asyncio.ensure_future(self.listen_for_disconnect(receive))
         try:
-            await super().__call__(scope, receive, send)
+            await asyncio.wait({sent, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if sent.done():
+                with contextlib.suppress(OSError):  # the client has gone
+                    sent.result()
         finally:
-            self._generation.close()
+            for task in (sent, gone):
+                task.cancel()
+            await asyncio.gather(sent, gone, return_exceptions=True)
+            if self._generation is not None:
+                self._generation.close()
 
 
 async def _until_end(

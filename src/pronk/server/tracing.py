@@ -3,6 +3,7 @@ that its conventions have for HTTP and for generative models, below the caller's
 names one (`traceparent`). Nothing is imported and nothing is done where they are not.
 """
 
+import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -72,10 +73,14 @@ class TracingLayer:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self.app = app
+        self._provider = provider
         self._tracer = provider.get_tracer("pronk", __version__)
         self._propagator = TraceContextTextMapPropagator()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, self._flushing(send))
+            return
         if scope["type"] != "http" or scope["path"] in _UNTRACED:
             await self.app(scope, receive, send)
             return
@@ -109,6 +114,16 @@ class TracingLayer:
                 raise
             finally:
                 _describe(span, scope, info, status)
+
+    def _flushing(self, send: Send) -> Send:
+        """Spans that wait to be sent are, before the end of the application is told."""
+
+        async def flushed(message: Message) -> None:
+            if message["type"].startswith("lifespan.shutdown."):
+                await asyncio.to_thread(self._provider.shutdown)
+            await send(message)
+
+        return flushed
 
 
 def _headers(scope: Scope) -> Mapping[str, str]:

@@ -1,7 +1,7 @@
-"""What callers have used: their log line, their key's tokens, and the sums that are kept by day.
+"""What callers have used, in sums that are kept by day.
 
-The sums are gathered in memory and written every second, by a thread: a request whose client has
-gone is cancelled wherever it waits, so booking may not wait for a database.
+They are gathered in memory and written every second, by a thread: a request whose client has gone
+is cancelled wherever it waits, so booking may not wait for a database.
 """
 
 import asyncio
@@ -16,8 +16,6 @@ from fastapi import APIRouter, Depends, Query, Request
 
 from pronk.server.auth import Caller, caller
 from pronk.server.errors import ApiError
-from pronk.server.limits import ticket_of
-from pronk.server.logs import current_request
 from pronk.server.schema import Answer
 from pronk.server.store import Store
 
@@ -82,27 +80,6 @@ class Usage:
             total.requests += more.requests
             total.prompt_tokens += more.prompt_tokens
             total.completion_tokens += more.completion_tokens
-
-
-def book(
-    request: Request,
-    caller: Caller,
-    model: str,
-    *,
-    prompt_tokens: int,
-    completion_tokens: int,
-    finish_reason: str | None = None,
-) -> None:
-    """To be called once for each request that a model has worked for, when it has ended, however
-    it has. Never waits."""
-    if info := current_request():
-        info.model, info.finish_reason = model, finish_reason
-        info.prompt_tokens, info.completion_tokens = prompt_tokens, completion_tokens
-    if ticket := ticket_of(request):
-        ticket.spend(prompt_tokens + completion_tokens)
-    request.app.state.service.usage.add(
-        caller.id, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens
-    )
 
 
 # The route.

@@ -7,6 +7,7 @@ answer ends exactly where the grammar lets it. No arrays here: masks are bytes, 
 
 import itertools
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence, Set
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import llguidance
-from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
 
 from pronk.core.errors import PronkError, UserError
 
@@ -50,7 +51,7 @@ class Grammar:
         try:
             source = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
         except ValueError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise UserError(f"{where}: {_one_line(str(error))}") from None
         return _checked(source, where)
 
     @staticmethod
@@ -76,8 +77,8 @@ class Grammar:
         """Text of a context-free grammar: in llama.cpp's notation (`root ::= ...`) or in Lark's."""
         try:
             return Grammar.of_lark(any_to_lark(text), where)
-        except (GbnfToLarkError, RecursionError) as error:
-            raise UserError(f"{where}: {error}") from None
+        except Exception as error:  # bare ones, too
+            raise UserError(f"{where}: {_one_line(str(error))}") from None
 
     @staticmethod
     def of_lark(text: str, where: str = "grammar") -> "Grammar":
@@ -93,8 +94,14 @@ class Grammar:
 def _checked(source: str, where: str) -> Grammar:
     wrong, messages = llguidance.LLMatcher.validate_grammar_with_warnings(source)
     if wrong or messages:  # a warning is a keyword that would be ignored
-        raise UserError(f"{where}: {messages[0].strip()}")
+        raise UserError(f"{where}: {_one_line(messages[0])}")
     return Grammar(source)
+
+
+def _one_line(message: str) -> str:
+    """Without the lines that point at a place in the source."""
+    lines = [line.strip() for line in message.splitlines()]
+    return " ".join(line for line in lines if not re.match(r"\^|\d+ \|", line))
 
 
 class _Vocabulary:

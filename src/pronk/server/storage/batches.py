@@ -37,11 +37,10 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class StoredBatch:
-    """A batch; times are Unix seconds. `caller`: who its lines run as (batches.py)."""
+    """A batch; times are Unix seconds."""
 
     id: str
     owner: str
-    caller: Json
     input_file_id: str
     endpoint: str
     completion_window: str
@@ -141,7 +140,7 @@ class BatchRows:
 
     def claim(self, most: int) -> Sequence[StoredBatch]:
         """Takes up to `most` batches, oldest first, that nobody runs who lives."""
-        free = sa.or_(batches.c.runner.is_(None), batches.c.runner.not_in(self._db.living()))
+        free = sa.or_(batches.c.runner.is_(None), self._db.is_dead(batches.c.runner))
         query = sa.select(batches).where(batches.c.status.not_in(FINAL), free)
         query = query.order_by(batches.c.seq).limit(most).with_for_update(skip_locked=True)
         with self._db.write() as connection:
@@ -176,13 +175,6 @@ class BatchRows:
             if batch.status == "validating":
                 change |= {"status": "in_progress", "in_progress_at": self._db.now()}
             return self._change(connection, id, change)
-
-    def fail(self, id: str, errors: Sequence[Json]) -> None:
-        """The input is wrong; nothing was run."""
-        with self._db.write() as connection:
-            self._lock(connection, id)
-            change = {"status": "failed", "failed_at": self._db.now(), "errors": list(errors)}
-            self._change(connection, id, change | {"runner": None})
 
     def finish_line(self, id: str, line: Line, used: Tokens) -> None:
         """Stores the answer of a line. A second one for the same line changes nothing."""
@@ -233,15 +225,22 @@ class BatchRows:
             return self._change(connection, id, change)
 
     def end(
-        self, id: str, status: str, output: StoredFile | None, errors: StoredFile | None
+        self,
+        id: str,
+        status: str,
+        output: StoredFile | None,
+        failures: StoredFile | None,
+        errors: Sequence[Json] | None = None,
     ) -> None:
-        """Ends a finalized batch. Its files, whose bytes are there, become known with it."""
+        """Ends a finalized batch. Its files, whose bytes are there, become known with it. `errors`:
+        why it failed."""
         change: Json = {"status": status, f"{status}_at": self._db.now(), "runner": None}
         change["output_file_id"] = None if output is None else output.id
-        change["error_file_id"] = None if errors is None else errors.id
+        change["error_file_id"] = None if failures is None else failures.id
+        change["errors"] = None if errors is None else list(errors)
         with self._db.write() as connection:
             self._lock(connection, id)
-            for file in filter(None, (output, errors)):
+            for file in filter(None, (output, failures)):
                 insert_file(connection, file)
             connection.execute(batch_lines.delete().where(batch_lines.c.batch_id == id))
             self._change(connection, id, change)

@@ -124,6 +124,11 @@ class Database:
         alive = instances.c.seen_at > self.clock() - LEASE_SECONDS
         return sa.select(instances.c.id).where(alive)
 
+    def is_dead(self, runner: sa.Column[str]) -> sa.ColumnElement[bool]:
+        """The condition that a runner is a process that is dead. This one is not, even where it
+        slept for long and could not say so."""
+        return sa.and_(runner != self.instance, runner.not_in(self.living()))
+
 
 def _parse(url: str) -> sa.URL:
     kinds = "sqlite:///FILE and postgresql://USER:PASSWORD@HOST/NAME work"

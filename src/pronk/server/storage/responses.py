@@ -116,9 +116,7 @@ class ResponseRows:
     def abandoned(self) -> Sequence[StoredResponse]:
         """Responses, of all owners, that a process worked on which lives no more. They are this
         process's now; it must end them."""
-        lost = sa.and_(
-            responses.c.runner.is_not(None), responses.c.runner.not_in(self._db.living())
-        )
+        lost = self._db.is_dead(responses.c.runner)
         with self._db.write() as connection:
             query = sa.select(responses).where(lost).with_for_update(skip_locked=True)
             rows = connection.execute(query.order_by(responses.c.seq)).all()

@@ -80,7 +80,6 @@ batches = sa.Table(
     _seq(),
     _id(),
     _text("owner"),
-    _json("caller"),
     _text("input_file_id"),
     _text("endpoint"),
     _text("completion_window"),
@@ -106,8 +105,8 @@ batches = sa.Table(
     sa.Index("batches_by_input", "input_file_id"),
     sqlite_autoincrement=True,
 )  # fmt: skip
-"""`caller`: who the lines run as, as far as it outlives the process. `runner`: the instance that
-runs the batch. The ids of output files are reserved here before there is a file."""
+"""`runner`: the instance that runs the batch. The ids of output files are reserved here before the
+files are there."""
 
 batch_lines = sa.Table(
     "batch_lines",
