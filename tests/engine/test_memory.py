@@ -143,3 +143,21 @@ def test_logits_that_do_not_fit_are_refused_with_the_numbers() -> None:
         "logits: those of 8192 tokens take 4.20 GB, 1.00 GB are free; at most 1949 tokens would fit"
     )
     check_logits(1949, 128256, GB)
+
+
+def test_a_draft_model_is_counted_with_the_other() -> None:
+    small = replace(LLAMA_8B, dim=2048, n_layers=16, ffn_dim=8192, n_heads=32, head_dim=64)
+
+    def kv_bytes(n_blocks: int, dtype: KvDtype) -> int:
+        return reference.kv_bytes(small, n_blocks, dtype)
+
+    need, draft = need_8b(), Need(small, weights=800_000_000, kv_bytes=kv_bytes)
+    both = need.with_draft(draft)
+    assert both.weights == 5_450_000_000
+    assert both.kv_bytes(3, "f16") == need.kv_bytes(3, "f16") + kv_bytes(3, "f16")
+    assert need.slack(8192) < both.slack(8192) < need.slack(8192) + draft.slack(8192)
+    free = need.total(8192, need.pool_blocks(8192), "f16")
+    assert fit(need, None, "f16", free)[1] == need.pool_blocks(8192)
+    assert fit(both, None, "f16", free) != fit(need, None, "f16", free)
+    with pytest.raises(MemoryLimitError, match=r"weights 5\.45 GB"):
+        fit(both, 8192, "f16", 6 * GB)

@@ -111,6 +111,30 @@ def test_masks_behind_a_draft(llm: LLM) -> None:
         step.advance(b)
 
 
+def test_masks_from_the_middle_of_a_draft(llm: LLM) -> None:
+    a, b = (llm.tokenizer.encode(letter)[0] for letter in "ab")
+    matcher = Matchers(llm.tokenizer).matcher(Grammar.of_regex("(ab|ac)+"))
+    masks = matcher.masks([a, b, a])
+    for first in range(4):
+        assert matcher.masks([a, b, a], first) == masks[first:]
+    assert matcher.masks([], 0) == masks[:1]
+
+
+def test_what_a_grammar_forces(llm: LLM) -> None:
+    """Up to where there is a choice, of texts or of tokens that go on beyond that."""
+    matcher = Matchers(llm.tokenizer).matcher(Grammar.of_regex("name: (anna|otto), age: [0-9]+"))
+    text = ""
+    while not text.endswith("age: 7"):
+        forced = matcher.forced()
+        assert matcher.allowed(forced) == len(forced)
+        token = forced[0] if forced else llm.tokenizer.encode("a7"["age" in text])[0]
+        matcher.advance(token)
+        text += llm.tokenizer.decode([token])
+    assert text == "name: anna, age: 7"
+    assert matcher.forced() == []
+    assert matcher.complete
+
+
 def test_speculation_within_a_grammar(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf")
     grammar = Grammar.of_regex("(abcabd){20}")
@@ -129,11 +153,14 @@ def test_speculation_within_a_grammar(tmp_path: Path) -> None:
 class Broken:
     """A constraint that cannot say what may come."""
 
-    def masks(self, draft: Sequence[int]) -> Sequence[bytes | None]:
+    def masks(self, draft: Sequence[int], first: int = 0) -> Sequence[bytes | None]:
         raise PronkError("grammar: broken")
 
     def allowed(self, draft: Sequence[int]) -> int:
         return 0
+
+    def forced(self) -> Sequence[int]:
+        raise PronkError("grammar: broken")
 
     def advance(self, token: int) -> None:
         raise AssertionError("nothing can have been drawn")

@@ -330,14 +330,16 @@ def _draw(scores_V: F32, p: SampleParams) -> int:
     """One token by inverse transform over the candidates in falling order of probability.
 
     Temperature first, then top-k, top-p and min-p, each on what the one before left (the order of
-    Hugging Face's warpers). Only as many tokens are sorted as the draw can reach.
+    Hugging Face's warpers). Only as many tokens are sorted as the draw can reach, and none that a
+    mask forbids: a grammar may leave a handful, and all others would be equal candidates.
     """
     uniform = np.random.Generator(np.random.Philox(key=p.seed, counter=p.draw)).random()
     scaled_V = (scores_V.astype(np.float64) - float(scores_V.max())) / p.temperature
-    tokens = np.arange(len(scaled_V))
+    tokens = np.flatnonzero(scaled_V > -np.inf)
+    scaled_V = scaled_V[tokens]
     if 0 < p.top_k < len(scaled_V):
-        tokens = _largest(scaled_V, p.top_k)
-        scaled_V = scaled_V[tokens]
+        largest = _largest(scaled_V, p.top_k)
+        tokens, scaled_V = tokens[largest], scaled_V[largest]
     weights_V = np.exp(scaled_V)
     total = weights_V.sum()
     n = 256

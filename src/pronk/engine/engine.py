@@ -270,7 +270,7 @@ class Engine:
         outcomes = self._model.run(slices)
         if self._speculator is not None and all(s.n == 1 for s in slices):
             rows = sum(s.rows for s in slices)
-            self._speculator.costs.book(rows, time.perf_counter() - started)
+            self._speculator.book(rows, time.perf_counter() - started)
         return [
             event
             for done, outcome in zip(slices, outcomes, strict=True)

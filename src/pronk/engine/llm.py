@@ -22,6 +22,7 @@ from pronk.core.progress import Progress, silent
 from pronk.engine.adapters import adapters_bytes
 from pronk.engine.disk_blocks import DiskBlocks, DiskStats, open_disk_blocks
 from pronk.engine.draft import Speculator
+from pronk.engine.draft_file import DraftFile
 from pronk.engine.engine import Engine, pending
 from pronk.engine.load import (
     load_model,
@@ -82,13 +83,15 @@ class LLM:
     `threads` None: all that this process may use. `max_batch` requests at most share a step, which
     computes at most `token_budget` tokens; neither changes an answer, nor does `prefix_cache`,
     which keeps what has been computed for prompts that begin alike, nor `speculate`, which computes
-    several tokens at once where the text repeats what came before. `layout_cache` keeps the packed
-    weights on disk, as much again as the model, so that the next start takes a moment (None: if
-    the environment variable PRONK_LAYOUT_CACHE is 1). With `kv_disk_bytes` what was computed for
-    prompts is kept on disk and found again by later starts, in the cache folder, at most so many
-    bytes for all models. `adapters` are LoRA adapters, PEFT folders by name: what is asked with
-    `adapter=NAME` is computed with that one. `keep_free` bytes of memory are left to others. Raises
-    UserError, and MemoryLimitError before anything is loaded that does not fit.
+    several tokens at once where the text repeats what came before. `draft` is a smaller model of
+    the same vocabulary that guesses what comes next: more memory for more speed, where it is much
+    smaller and often right. `layout_cache` keeps the packed weights on disk, as much again as the
+    model, so that the next start takes a moment (None: if the environment variable
+    PRONK_LAYOUT_CACHE is 1). With `kv_disk_bytes` what was computed for prompts is kept on disk and
+    found again by later starts, in the cache folder, at most so many bytes for all models.
+    `adapters` are LoRA adapters, PEFT folders by name: what is asked with `adapter=NAME` is
+    computed with that one. `keep_free` bytes of memory are left to others. Raises UserError, and
+    MemoryLimitError before anything is loaded that does not fit.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class LLM:
         token_budget: int = 512,
         prefix_cache: bool = True,
         speculate: bool = True,
+        draft: str | Path | None = None,
         layout_cache: bool | None = None,
         kv_disk_bytes: int = 0,
         adapters: Mapping[str, str | Path] | None = None,
@@ -116,6 +120,8 @@ class LLM:
             _check_whole("threads", threads, 1, 1024)
         if kv_dtype not in KV_DTYPES:
             raise UserError(f"kv_dtype: {kv_dtype!r} is not one of {', '.join(KV_DTYPES)}")
+        if draft is not None and not speculate:
+            raise UserError(f"draft: {draft} has nothing to do without speculate")
         _check_whole("kv_disk_bytes", kv_disk_bytes, 0, 1 << 50)
         if kv_disk_bytes and not prefix_cache:
             raise UserError(
@@ -125,24 +131,32 @@ class LLM:
         self.backend_name: str = ops.name
         self._disk: DiskBlocks | None = None
         self._checkpoint = open_checkpoint(locate(model, progress=progress))
+        self._draft: DraftFile | None = None
         try:
             self.config: ModelConfig = self._checkpoint.config
             if ctx is not None:
                 _check_whole("ctx", ctx, 1, self.config.context)
             need = need_of(self._checkpoint, ops, token_budget=token_budget, max_batch=max_batch)
+            self._block_bytes = need.kv_bytes(1, kv_dtype)
+            if draft is not None:
+                self._draft = DraftFile(draft, ops, progress)
+                need = self._draft.beside(need)
             extra = adapters_bytes(adapters or {}, self.config, ops)
             need = replace(need, weights=need.weights + extra)
             free = free_memory()
             free = None if free is None else max(0, free - keep_free)
             self.context, n_blocks = fit(need, ctx, kv_dtype, free, roomy=roomy)
             self.kv_dtype = kv_dtype
-            self._block_bytes = need.kv_bytes(1, kv_dtype)
             self.tokenizer: Tokenizer = load_tokenizer(self._checkpoint)
             _check_vocabulary(self._checkpoint, self.tokenizer)
             self.prompter = Prompter(
                 self.tokenizer, self._checkpoint.path.name, recommended_sampling(self._checkpoint)
             )
             self.threads = use_threads(ops, threads)
+            drafter = None if self._draft is None else self._draft.load(
+                self.tokenizer, context=self.context, n_blocks=n_blocks, threads=self.threads,
+                kv_dtype=kv_dtype, prefix_cache=prefix_cache, layout_cache=layout_cache,
+            )  # fmt: skip
             runner = self._runner(ops, n_blocks, kv_dtype, layout_cache, progress)
             if kv_disk_bytes:
                 self._disk = open_disk_blocks(
@@ -157,7 +171,7 @@ class LLM:
                 max_batch=max_batch,
                 token_budget=token_budget,
                 prefix_cache=prefix_cache,
-                speculator=Speculator() if speculate else None,
+                speculator=Speculator(drafter) if speculate else None,
                 stored=self._disk,
                 adapters=runner.adapters,
             )
@@ -166,7 +180,7 @@ class LLM:
         except BaseException:
             if self._disk is not None:
                 self._disk.close()
-            self._checkpoint.close()
+            self._close_files()
             raise
 
     def _runner(
@@ -210,7 +224,8 @@ class LLM:
         """Memory of the KV cache that has not been written to, so that the system counts it as
         free."""
         pool = self.engine.scheduler.pool
-        return (pool.n_blocks - pool.n_touched) * self._block_bytes
+        beside = 0 if self._draft is None else self._draft.untouched_bytes
+        return beside + (pool.n_blocks - pool.n_touched) * self._block_bytes
 
     @property
     def identity(self) -> str:
@@ -427,7 +442,12 @@ class LLM:
             if engine is not None:
                 engine.close()
         finally:
-            self._checkpoint.close()
+            self._close_files()
+
+    def _close_files(self) -> None:
+        self._checkpoint.close()
+        if self._draft is not None:
+            self._draft.close()
 
     def __enter__(self) -> Self:
         return self

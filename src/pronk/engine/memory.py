@@ -3,7 +3,7 @@ loaded. Arithmetic and a few files of the operating system; no arrays.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pronk.backends.protocol import BLOCK, KvDtype
@@ -89,6 +89,17 @@ class Need:
     """Of so many blocks in a dtype."""
     token_budget: int = 512
     max_batch: int = 8
+    draft: "Need | None" = None
+    """Of a model that runs beside this one. Its weights and KV cache are counted in those above."""
+
+    def with_draft(self, draft: "Need") -> "Need":
+        """Of this model and one that drafts for it, with as many KV blocks."""
+        return replace(
+            self,
+            weights=self.weights + draft.weights,
+            kv_bytes=lambda n, dtype: self.kv_bytes(n, dtype) + draft.kv_bytes(n, dtype),
+            draft=draft,
+        )
 
     def pool_blocks(self, context: int) -> int:
         """KV blocks for one request of the whole context and a little for each of the others."""
@@ -102,7 +113,8 @@ class Need:
         width = 4 * c.dim + 3 * c.ffn_dim + 3 * (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
         n_logits = 3 * (self.max_batch + MOST_DRAFTED) + min(OBSERVED_CHUNK, self.token_budget)
         numbers = self.token_budget * width + n_logits * c.vocab_size
-        return 4 * numbers + 12 * context * c.head_dim + _PROCESS_BYTES
+        beside = self.draft.slack(context) - _PROCESS_BYTES if self.draft else 0
+        return 4 * numbers + 12 * context * c.head_dim + _PROCESS_BYTES + beside
 
     def total(self, context: int, n_blocks: int, kv_dtype: KvDtype) -> int:
         return self.weights + self.slack(context) + self.kv_bytes(n_blocks, kv_dtype)

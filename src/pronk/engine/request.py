@@ -28,13 +28,19 @@ preempted."""
 class Constraint(Protocol):
     """What an answer must look like: which tokens may come next (text/grammar.py)."""
 
-    def masks(self, draft: Sequence[int]) -> Sequence[bytes | None]:
-        """For the next token and for those behind each token of a draft that is `allowed`: a bit
-        for each token of the vocabulary, the lowest bit of a byte first; None: all may come."""
+    def masks(self, draft: Sequence[int], first: int = 0) -> Sequence[bytes | None]:
+        """For the next token and for those behind each token of a draft that is `allowed`, without
+        the first `first` of these: a bit for each token of the vocabulary, the lowest bit of a byte
+        first; None: all may come."""
         ...
 
     def allowed(self, draft: Sequence[int]) -> int:
         """How many tokens of a draft may come, the first behind what was written so far."""
+        ...
+
+    def forced(self) -> Sequence[int]:
+        """Tokens that will most likely be drawn, since no other text may come next: other tokens of
+        the same text may."""
         ...
 
     def advance(self, token: int) -> None:
@@ -308,6 +314,11 @@ class Request:
         """Whether somebody wants the logits of the tokens that are computed next."""
         watched = self.observer is not None and self.watches == "logits"
         return watched and self.computed < self.n_prompt
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end the answer."""
+        return self._ends
 
     def end(self, reason: FinishReason, error: Exception | None = None) -> None:
         """The scheduler's last word."""

@@ -6,8 +6,9 @@ every token, so it does a few array copies for each request and nothing for each
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -88,11 +89,9 @@ class Runner:
                 mask_RV, refusals = end_masks(masks)
             errors = self._observe(slices, hidden_RD, logits_RV)
             draws_R = rows_of_R[draws_R]
-            params = [s.request.sample_params(s.draft[:i]) for s in slices for i in range(s.draws)]
             if len(draws_R) < len(logits_RV):
                 logits_RV = self.ops.take_rows(logits_RV, draws_R)
-            drawn = iter(self._draw(logits_RV[:, : self._n_tokens], params, mask_RV))
-        outcomes = [right_ones(s, drawn) for s in slices]
+            outcomes = self._draw_right(slices, logits_RV[:, : self._n_tokens], mask_RV)
         errors = [e or refusals.get(i) for i, e in enumerate(errors)]
         return [e if e is not None else o for e, o in zip(errors, outcomes, strict=True)]
 
@@ -144,6 +143,42 @@ class Runner:
             row += n
             logits_row += 0 if hidden else n
         return errors
+
+    def _draw_right(
+        self, slices: Sequence[Slice], logits_RV: F32, mask_RV: Mask | None
+    ) -> list[Outcome]:
+        """What is drawn behind the known tokens of each slice and, as long as these were guessed
+        right, behind those of its draft. All slices together, a token of each at a time: what would
+        be drawn behind a wrong guess is not."""
+        first_S = list(accumulate((s.draws for s in slices), initial=0))
+        outcomes: list[Outcome] = [[] for _ in slices]
+        going = [i for i, s in enumerate(slices) if s.draws]
+        depth = 0
+        while going:
+            rows = np.array([first_S[i] + depth for i in going], np.int32)
+            some = len(rows) < len(logits_RV)
+            params = [slices[i].request.sample_params(slices[i].draft[:depth]) for i in going]
+            drawn = self._draw(
+                self.ops.take_rows(logits_RV, rows) if some else logits_RV,
+                params,
+                mask_RV[rows] if some and mask_RV is not None else mask_RV,
+            )
+            for i, sampled in zip(going, drawn, strict=True):
+                before = outcomes[i]
+                assert not isinstance(before, Exception)
+                if not isinstance(sampled, Exception):
+                    outcomes[i] = [*before, sampled]
+                elif not before:
+                    outcomes[i] = sampled
+                # else it comes again in the next step, if it is reached
+            going = [
+                i
+                for i, sampled in zip(going, drawn, strict=True)
+                if not isinstance(sampled, Exception)
+                and slices[i].draft[depth : depth + 1] == (sampled.token,)
+            ]
+            depth += 1
+        return outcomes
 
     def _draw(
         self, logits_RV: F32, params: Sequence[SampleParams], mask_RV: Mask | None
@@ -200,20 +235,6 @@ def make_masks(slices: Sequence[Slice], n_tokens: int) -> Masks:
                     mask_RV[at] = np.unpackbits(packed, count=n_tokens, bitorder="little")
         row += s.draws
     return mask_RV, refusals
-
-
-def right_ones(s: Slice, drawn: Iterator[Sampled | Exception]) -> Outcome:
-    """What was drawn behind the known tokens and, as long as these were guessed right, behind those
-    of the draft. Takes one from `drawn` for each."""
-    found = [next(drawn) for _ in range(s.draws)]
-    right: list[Sampled] = []
-    for i, sampled in enumerate(found):
-        if isinstance(sampled, Exception):
-            return right or sampled  # it comes again in the next step, if it is reached
-        right.append(sampled)
-        if i < len(s.draft) and sampled.token != s.draft[i]:
-            break
-    return right
 
 
 def wanted_of(s: Slice) -> int:

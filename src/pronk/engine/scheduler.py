@@ -65,6 +65,18 @@ class Drafts(Protocol):
         computed."""
         ...
 
+    def prepare(self, requests: Iterable[Request]) -> None:
+        """These run, and their next step is not one to guess in."""
+        ...
+
+    def release(self, request: Request) -> None:
+        """The request has ended, or waits again."""
+        ...
+
+    def reset(self) -> None:
+        """All requests wait again, after an exception from anywhere."""
+        ...
+
 
 class Stored(Protocol):
     """Blocks outside of the pool, by the same keys (disk_blocks.py). They have no say in what is
@@ -294,6 +306,8 @@ class Scheduler:
         self._served = {request.owner: 0 for request in self.waiting}
         self._coming = {}
         self.pool.forget_references()
+        if self.drafts is not None:
+            self.drafts.reset()
 
     def _propose(self) -> Mapping[Request, Sequence[int]]:
         """Guesses, if the step will have nothing to do but decode."""
@@ -303,7 +317,10 @@ class Scheduler:
             or min(r.priority for r in self.waiting) < self.running[-1].priority
         )
         room = min(self.token_budget - len(self.running), MOST_DRAFTED)
-        if self.drafts is None or not self.running or not decodes or may_start or room < 1:
+        if self.drafts is None or not self.running:
+            return {}
+        if not decodes or may_start or room < 1:
+            self.drafts.prepare(self.running)
             return {}
         return self.drafts.propose([r for r in self.running if r.params is not None], room)
 
@@ -397,6 +414,8 @@ class Scheduler:
         self.preemptions += 1
 
     def _take_back(self, request: Request) -> None:
+        if self.drafts is not None:
+            self.drafts.release(request)
         self.pool.give_back(request.blocks)
         del request.blocks[:]
         request.computed = 0

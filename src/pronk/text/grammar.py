@@ -160,12 +160,14 @@ class Matcher:
         """What is written is a whole answer."""
         return bool(self._matcher.is_accepting())
 
-    def masks(self, draft: Sequence[int]) -> Sequence[bytes | None]:
-        """The tokens that may come next, and those behind each token of a draft."""
-        masks: list[bytes | None] = [self._mask()]
-        for token in draft:
+    def masks(self, draft: Sequence[int], first: int = 0) -> Sequence[bytes | None]:
+        """The tokens that may come next, and those behind each token of a draft; without the first
+        `first` of these."""
+        masks: list[bytes | None] = [] if first else [self._mask()]
+        for n, token in enumerate(draft, 1):
             self.advance(token)
-            masks.append(self._mask())
+            if n >= first:
+                masks.append(self._mask())
         if draft:
             self._matcher.rollback(len(draft))
             self._raise_error()
@@ -176,6 +178,13 @@ class Matcher:
         answer: there is no way back from that (`rollback` does not count it as a token)."""
         tokens = list(itertools.takewhile(lambda token: token not in self._stop_ids, draft))
         return int(self._matcher.validate_tokens(tokens)) if tokens else 0
+
+    def forced(self) -> Sequence[int]:
+        """The tokens of text that must come next, as far as they do not depend on what follows it,
+        and without the end of the answer."""
+        tokens = self._matcher.compute_ff_tokens()
+        self._raise_error()
+        return list(itertools.takewhile(lambda token: token not in self._stop_ids, tokens))
 
     def advance(self, token: int) -> None:
         """A token has been written. Raises PronkError if the grammar does not admit it."""
