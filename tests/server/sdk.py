@@ -1,4 +1,4 @@
-"""OpenAI's client against our servers: how streams are put together, and what every event must be."""
+"""OpenAI's client against our servers: streams put together, and what every event must be."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator

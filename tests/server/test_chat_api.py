@@ -127,7 +127,7 @@ def test_several_answers(sdk: openai.OpenAI) -> None:
 def test_a_stream_is_the_whole_in_pieces(sdk: openai.OpenAI, seed: int) -> None:
     body: dict[str, Any] = {
         "model": "tiny", "messages": HI, "seed": 100 * seed, "n": 4, "temperature": 1.2,
-        "max_tokens": 40, "logprobs": seed % 2 == 0, "stop": ["ab", "e", "\n"] if seed % 3 else None,
+        "max_tokens": 40, "logprobs": seed % 2 == 0, "stop": ["ab", "e"] if seed % 3 else None,
     }  # fmt: skip
     if body["logprobs"]:
         body["top_logprobs"] = seed // 2
@@ -287,7 +287,8 @@ UNSUPPORTED = {"type": "array", "uniqueItems": True}
         ({"response_format": {"type": "xml"}}, "response_format.type", None),
         ({"response_format": {"type": "regex", "regex": "("}}, "response_format", None),
         ({"response_format": {"type": "choice", "choice": []}}, "response_format", None),
-        ({"response_format": {"type": "grammar", "grammar": "root ::= x"}}, "response_format", None),
+        ({"response_format": {"type": "grammar", "grammar": "root ::= x"}}, "response_format",
+         None),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}, "a": 1}},
          "response_format.a", "unknown_parameter"),
         ({"response_format": {"type": "json_schema",

@@ -337,11 +337,11 @@ async def chunks(job: Job) -> AsyncGenerator[str, None]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
         return event({**head, "choices": [choice]})
 
-    for answer in generation.answers:
-        yield chunk(answer.index, {"role": "assistant", "content": ""})
+    begun = {"role": "assistant", "content": ""}
+    yield "".join(chunk(answer.index, begun) for answer in generation.answers)
     async for update in generation.updates():
-        for text in _deltas(update, body, job.lease, chunk):
-            yield text
+        if deltas := _deltas(update, body, job.lease, chunk):
+            yield "".join(deltas)  # one write for all of them
     if with_usage:
         yield event({**head, "choices": [], "usage": usage_of(generation).model_dump()})
     if body.store:

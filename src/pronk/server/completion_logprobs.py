@@ -13,6 +13,7 @@ from pronk.engine.sampling import TokenLogprob
 from pronk.server.openai_types import CompletionLogprobs
 from pronk.text.tokenizer import Tokenizer
 
+BYTES = "bytes:"
 LOWEST = -9999.0
 """What is told of a token that cannot come: JSON has no infinity."""
 
@@ -66,6 +67,7 @@ class Offsets:
     character begin where it does."""
 
     def __init__(self, tokenizer: Tokenizer, start: int = 0) -> None:
+        self._tokenizer = tokenizer
         self._stream = tokenizer.stream()
         self._at = start
 
@@ -73,8 +75,10 @@ class Offsets:
         """Of the tokens that come next."""
         found = []
         for id in ids:
-            found.append(self._at)
-            self._at += len(self._stream.push(id))
+            begin, self._at = self._at, self._at + len(self._stream.push(id))
+            own = word(self._tokenizer, id)
+            whole = own and not own.startswith(BYTES)  # U+FFFD of what came before is not its own
+            found.append(self._at - len(own) if whole else begin)
         return found
 
 
@@ -107,7 +111,7 @@ def word(tokenizer: Tokenizer, id: int) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        return BYTES + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def joined(*parts: CompletionLogprobs) -> CompletionLogprobs:

@@ -219,8 +219,8 @@ async def chunks(job: Job) -> AsyncGenerator[str, None]:
         head["usage"] = None
     choices = [_Choice(job, prompt) for prompt in job.prompts]
     async for update in generation.updates():
-        for choice in choices[update.answer.index].of(update):
-            yield event({**head, "choices": [choice]})
+        if pieces := choices[update.answer.index].of(update):
+            yield "".join(event({**head, "choices": [piece]}) for piece in pieces)
     if with_usage:
         yield event({**head, "choices": [], "usage": usage(job).model_dump()})
     yield DONE

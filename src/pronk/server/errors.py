@@ -12,7 +12,7 @@ from typing import Any
 
 from pronk.core.errors import ContextLengthError, MemoryLimitError, PronkError, UserError
 
-_PARAM = re.compile(r"([\w.\[\]]+): ")
+_PARAM = re.compile(r"([\w.\[\]'-]+): ")
 
 
 class ApiError(PronkError):
@@ -46,6 +46,9 @@ _ANTHROPIC_TYPES = {400: "invalid_request_error", 401: "authentication_error",
                     403: "permission_error", 404: "not_found_error", 413: "request_too_large",
                     429: "rate_limit_error", 503: "overloaded_error",
                     529: "overloaded_error"}  # fmt: skip
+
+NO_THREADS = "thread_unsupported_request"
+"""By this code Anthropic's clients know that they must send whole chats."""
 
 
 def not_found(kind: str, id: str) -> ApiError:
@@ -107,7 +110,10 @@ def openai_error(error: ApiError) -> dict[str, Any]:
 
 def anthropic_error(error: ApiError, request_id: str | None = None) -> dict[str, Any]:
     kind = _ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else error.type)
-    body = {"type": "error", "error": {"type": kind, "message": error.message}}
+    told: dict[str, Any] = {"type": kind, "message": error.message}
+    if error.code == NO_THREADS:
+        told["details"] = {"error_code": error.code}
+    body: dict[str, Any] = {"type": "error", "error": told}
     return body if request_id is None else {**body, "request_id": request_id}
 
 

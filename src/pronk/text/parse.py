@@ -105,7 +105,8 @@ _CODE = "code_interpreter"
 _CALL_KEYS = frozenset({"name", "parameters", "arguments", "type", "function", "id"})
 _CALL_TYPES = frozenset({"function"})
 _LANGUAGES = ("json", "tool_call", "tool_code", "python", "")
-_JSON_CALL = re.compile(r"[\[\s]*[{<]")
+_NO_CODE = re.compile(rf"[\[\s]*([{{<]|({'|'.join(sorted(BUILTIN_CALLS))})\.call\()")
+"""How calls begin and source code hardly ever does."""
 _TICKS = re.compile("`")
 _MAX_TICKS = 8
 _ANY_NAME = re.compile(r"[\w.\-/]{1,80}")
@@ -306,7 +307,7 @@ class ReplyParser:
             no_call = self._hold is not None or (
                 self._index == n_before and not self._draft.started
             )
-            cut_off = source.pos >= len(source.text) and _JSON_CALL.match(source.text)
+            cut_off = source.pos >= len(source.text) and _NO_CODE.match(source.text)
             if runs and no_call and not cut_off:
                 self._take_back()
                 source.pos = 0
