@@ -162,6 +162,16 @@ def test_an_error_event_is_read_by_both_specifications() -> None:
     assert event["error"]["message"] == "full"
 
 
+def test_events_that_were_taken_are_not_kept() -> None:
+    draft = fed(draft_of(), [TextDelta("a")])
+    first = draft.taken()
+    draft.finish("completed", completed_at=5, usage=USAGE)
+    draft.fail(UserError("no"), completed_at=None)
+    numbers = [event["sequence_number"] for event in (*first, *draft.taken())]
+    assert numbers == list(range(draft.n_events))
+    assert draft.events == []
+
+
 # Items.
 
 

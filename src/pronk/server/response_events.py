@@ -29,8 +29,9 @@ TERMINAL = frozenset({"completed", "incomplete", "failed", "cancelled"})
 
 
 class Draft:
-    """A response while it is being made: `body` is the object that clients get, `events` all that
-    was told of it so far. An item is told of when it opens, and enters the body when it closes."""
+    """A response while it is being made: `body` is the object that clients get, `events` what was
+    told of it and not `taken`. An item is told of when it opens, and enters the body when it
+    closes."""
 
     def __init__(self, body: Json, make_id: Callable[[str], str]) -> None:
         """`body`: the response before there is any output, which the draft takes over; `make_id`:
@@ -40,6 +41,7 @@ class Draft:
         self.cuts: list[list[list[int]]] = []
         """Of each item: how much text, and how many log probabilities, each delta had."""
         self.running = False
+        self.n_events = 0
         self._make_id = make_id
         self._item: Json | None = None
         self._pieces: list[str] = []
@@ -145,9 +147,15 @@ class Draft:
         """Ends it with an error, in the place of the end that it had, if it had one."""
         if self.body["status"] in TERMINAL:
             self.events.pop()
+            self.n_events -= 1
         self.finish("failed", error=error_object(error), **more)
 
     # Telling.
+
+    def taken(self) -> list[Json]:
+        """The events since the last call; whoever never calls it keeps them all."""
+        events, self.events = self.events, []
+        return events
 
     @property
     def _index(self) -> int:
@@ -158,9 +166,9 @@ class Draft:
         return {"item_id": self._item["id"], "output_index": self._index, **more}
 
     def _tell(self, kind: str, place: Json | None = None, **data: Any) -> None:
-        self.events.append(
-            {"type": kind, "sequence_number": len(self.events), **(place or {}), **data}
-        )
+        numbered = {"type": kind, "sequence_number": self.n_events}
+        self.events.append({**numbered, **(place or {}), **data})
+        self.n_events += 1
 
     def _tell_whole(self, kind: str) -> None:
         self._tell(kind, response=dict(self.body))

@@ -95,10 +95,10 @@ async def drive(job: Job) -> AsyncIterator[None]:
     yield
     tokenizer = generation.lease.llm.tokenizer
     async for update in generation.updates():
-        if not draft.running:
+        reason = update.answer.finish_reason
+        if not draft.running and (update.events or reason != "abort"):
             draft.run()
         feed(draft, update, token_logprobs(update.logprobs, tokenizer))
-        reason = update.answer.finish_reason
         if reason == "length":
             _finish(job, "incomplete", incomplete_details={"reason": "max_output_tokens"})
         elif reason is not None:
@@ -185,7 +185,7 @@ async def whole(job: Job) -> Json:
 
     async def make() -> None:
         async for _ in drive(job):
-            pass
+            job.draft.taken()  # nobody asks for them
 
     try:
         await job.call.unless_gone(make())
@@ -203,24 +203,21 @@ async def events(
     job: Job, later: Callable[[Coroutine[Any, Any, None]], None]
 ) -> AsyncGenerator[str, None]:
     """The events of a response that ends with its client. `later` does what nobody waits for."""
-    told = 0
+    draft = job.draft
     try:
         if job.stored:
             await create(job)
         try:
             async for _ in drive(job):
-                if job.draft.body["status"] in TERMINAL:
-                    break
-                for data in job.draft.events[told:]:
+                for data in draft.taken():
                     yield sse(data)
-                told = len(job.draft.events)
         except Exception as error:
             fail(job, error)
         await save(job)
     except (asyncio.CancelledError, GeneratorExit):
         later(_cancelled(job))
         raise
-    for data in job.draft.events[told:]:
+    for data in draft.taken():  # the end, which is told when it is stored
         yield sse(data)
     yield DONE
 

@@ -126,4 +126,4 @@ async def list_input_items(
 
 
 def _on_error(job: Job) -> Callable[[Exception], str]:
-    return lambda error: error_event(error, len(job.draft.events))
+    return lambda error: error_event(error, job.draft.n_events)
