@@ -185,6 +185,19 @@ def test_parse_gives_a_value_of_the_model(openai_client: OpenAI) -> None:
     assert answer.output_parsed.city in CITIES
 
 
+def test_what_was_answered_can_be_sent_back(openai_client: OpenAI) -> None:
+    said: list[Any] = [{"role": "user", "content": "A trip?"}]
+    answer = openai_client.responses.parse(model="tiny", input=said, text_format=Trip)
+    said += [*answer.output, {"role": "user", "content": "Why?"}]
+    again = openai_client.responses.create(model="tiny", input=said, max_output_tokens=8)
+    chained = openai_client.responses.create(
+        model="tiny", input="Why?", previous_response_id=answer.id, max_output_tokens=8
+    )
+    assert again.usage is not None
+    assert chained.usage is not None
+    assert again.usage.input_tokens == chained.usage.input_tokens
+
+
 def test_json_objects_and_schemas(server_url: str) -> None:
     schema = {**Trip.model_json_schema(), "additionalProperties": False}
     form = {"type": "json_schema", "name": "trip", "schema": schema, "strict": True}

@@ -26,6 +26,11 @@ LONG = {"input": "Hi", "max_output_tokens": 1900, "ignore_eos": True, "seed": 1}
 """Long enough to be caught on its way."""
 
 
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> Path:
+    return write_gguf(tmp_path / "tiny.gguf", **{"llama.context_length": 2048})
+
+
 def get(url: str, id: str, path: str = "", **query: Any) -> httpx.Response:
     return httpx.get(f"{url}/v1/responses/{id}{path}", params=query, timeout=60)
 
@@ -275,6 +280,17 @@ def test_a_running_one_is_no_predecessor_and_can_be_deleted(tiny_server: Live) -
     tiny_server.until(lambda: not tiny_server.busy)
 
 
+def test_the_background_counts_as_requests_in_flight(tiny_model: Path, tmp_path: Path) -> None:
+    with live_server([tiny_model], tmp_path / "data", max_queue=1) as server:
+        id = post(server.url, **LONG, background=True).json()["id"]
+        answer = post(server.url, **HI)
+        assert answer.status_code == 503
+        assert "retry-after" in answer.headers
+        assert httpx.post(f"{server.url}/v1/responses/{id}/cancel", timeout=60).is_success
+        server.until(lambda: server.service.limits.in_flight == 0)
+        assert post(server.url, **HI).status_code == 200
+
+
 # Clients and servers that go away.
 
 
@@ -291,11 +307,6 @@ def test_a_stream_without_its_client_is_cancelled(tiny_server: Live) -> None:
     assert data["status"] == "cancelled"
     tiny_server.until(lambda: not tiny_server.busy)
     assert events_from(url, id)[-1]["response"] == data
-
-
-@pytest.fixture
-def tiny_model(tmp_path: Path) -> Path:
-    return write_gguf(tmp_path / "tiny.gguf", **{"llama.context_length": 2048})
 
 
 def test_a_server_that_stops_ends_what_runs(tiny_model: Path, tmp_path: Path) -> None:
