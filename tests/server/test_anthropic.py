@@ -319,6 +319,7 @@ def test_a_prefill_is_continued(tiny_server: Live) -> None:
         ({"messages": [user([])]}, "messages[0]"),
         ({"messages": [assistant("Well")]}, "none before"),
         ({"container": "c"}, "container"),
+        ({"thread": {"type": "create"}}, "thread: "),
         ({"top_p": 0}, "top_p"),
         ({"temperature": "warm"}, "temperature"),
         ({"n": 2}, "n: this server does not know"),
@@ -520,6 +521,35 @@ def test_a_round_with_a_tool(smollm2: anthropic.Anthropic) -> None:
     none = {"type": "none"}
     second = ask(smollm2, "smollm2", messages=messages, tool_choice=none, **settings)
     assert "17" in second.content[0].text  # type: ignore[union-attr]
+
+
+def test_the_client_runs_tools(smollm2: anthropic.Anthropic) -> None:
+    """It asks for a thread first, and goes on without one."""
+    asked = []
+
+    @anthropic.beta_tool
+    def get_weather(city: str) -> str:
+        """The weather in a city
+
+        Args:
+            city: The name of the city
+        """
+        asked.append(city)
+        return "The weather is sunny."
+
+    runner = smollm2.beta.messages.tool_runner(
+        model="smollm2",
+        max_tokens=100,
+        tools=[get_weather],
+        messages=[user("What is the weather in Rome?")],
+        tool_choice={"type": "any", "disable_parallel_tool_use": True},
+        max_iterations=2,
+        extra_body={"temperature": 0},
+    )
+    messages = list(runner)
+    assert [message.stop_reason for message in messages] == ["tool_use"] * 2
+    assert len(asked) == 2
+    assert "Rome" in asked[0]
 
 
 def test_parse_with_a_pydantic_model(smollm2: anthropic.Anthropic) -> None:

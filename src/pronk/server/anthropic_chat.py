@@ -10,6 +10,7 @@ from dataclasses import replace
 from pronk.core.errors import UserError
 from pronk.engine.prompts import AnswerShape, Chat
 from pronk.server import anthropic_types as t
+from pronk.server.errors import NO_THREADS, ApiError
 from pronk.server.limits import check_schema
 from pronk.server.service import Call, refuse
 from pronk.text.messages import Message, ToolCall, check_json, check_text
@@ -21,6 +22,11 @@ _WORDS = ("auto", "none", "required")
 
 def chat_of(call: Call, body: t.CountTokensRequest) -> Chat:
     """The chat that a body asks to be answered."""
+    if body.thread is not None:
+        raise ApiError(
+            400, "thread: no conversations are kept for this API; send the whole chat",
+            param="thread", code=NO_THREADS,
+        )  # fmt: skip
     choice, parallel = _choice(body.tool_choice)
     shape = _shape(call, body)
     messages, prefill = split_prefill(messages_of(body))

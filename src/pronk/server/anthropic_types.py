@@ -181,6 +181,9 @@ class CountTokensRequest(Body):
     thinking: Annotated[NoThinking | None, BeforeValidator(_no_thinking)] = None
     cache_control: CacheControl | None = None
     speed: Literal["standard"] | None = None
+    thread: dict[str, Any] | None = Field(
+        default=None, description="Not supported: clients are told to send the whole chat."
+    )
     context_management: Unsupported = None
     mcp_servers: Unsupported = None
     user_profile_id: Unsupported = None
