@@ -13,6 +13,7 @@ from pronk.cli.common import (
     check_threads,
     context_option,
     load_options,
+    model_is_called,
     note,
     real,
     text,
@@ -195,6 +196,11 @@ def serve(
     sources = list(models) or _all_models()
     for source in models:
         check_gated(source)
+    if draft is not None:
+        from pronk.checkpoints.catalog import resolve_model
+
+        with model_is_called("--draft"):
+            resolve_model(draft)
     folders = {name: Path(os.path.expanduser(path)) for name, path in adapters}
 
     from pronk.server.run import run
