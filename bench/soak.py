@@ -351,7 +351,7 @@ def draw_plot(result: Result, out: Path) -> None:
     for axis, (name, value) in zip(axes, panels, strict=True):
         axis.plot([s.at / 60 for s in samples], [value(s) for s in samples], linewidth=1)
         axis.axhline(value(result.before), color="gray", linewidth=0.7, linestyle=":")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * max([1, *map(value, samples)]))
         axis.set_ylabel(name, fontsize=8)
     axes[-1].set_xlabel("minutes; dotted: before the first client")
     figure.suptitle("Clients that vanish at random", fontsize=10)
