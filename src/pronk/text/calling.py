@@ -70,6 +70,7 @@ class _Rules:
     def __init__(self, form: AnswerForm, strict: set[str]) -> None:
         self.lines: list[str] = []
         self._form = form
+        self._beside_json = False
         self._arguments = {tool.name: self._schema(tool, strict) for tool in form.tools}
         for i, tool in enumerate(form.tools):
             self.lines.append(f"args_{i}: {self.json(self._arguments[tool.name])}")
@@ -115,7 +116,9 @@ class _Rules:
     def instead_of_text(
         self, offered: Sequence[str], schema: Mapping[str, Any] | bool | None
     ) -> str:
-        """Calls, or JSON of a schema if there is one."""
+        """Calls, or JSON of a schema if there is one. Which of both begins with `{"name": ` is open
+        then, so calls are JSON of schemas, too: a lexeme longer than theirs would shut them out."""
+        self._beside_json = schema is not None
         parts = [self.calls(offered, bare=True)]
         if self._form.python_tag:
             parts.append(self.calls(offered, bare=False))
@@ -153,7 +156,41 @@ class _Rules:
         return f"{anyone}* TEXT" if self._form.parallel else f"TEXT | {anyone}"
 
     def _call(self, name: str) -> str:
+        if self._beside_json:
+            return self._call_as_json(name)
         return f"/{_head(name)}/ {_SEPARATOR} args_{self._number[name]} /{_SPACE}\\}}/"
+
+    def _call_as_json(self, name: str) -> str:
+        """The same by schemas of the whole call."""
+        return " | ".join(
+            self.json(_call_schema(name, key, self._arguments[name]))
+            for key in ("parameters", "arguments")
+        )
+
+
+def _call_schema(name: str, key: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {
+        "type": "object",
+        "properties": {
+            "type": {"const": "function"},
+            "name": {"const": name},
+            key: _moved(arguments, f"#/properties/{key}"),
+        },
+        "required": ["name", key],
+        "additionalProperties": False,
+    }
+
+
+def _moved(schema: Any, root: str) -> Any:
+    """A schema whose references into itself still hold where it lies at `root` of another."""
+    if isinstance(schema, Mapping):
+        return {
+            key: root + value[1:]
+            if key == "$ref" and isinstance(value, str) and value.startswith("#")
+            else _moved(value, root)
+            for key, value in schema.items()
+        }
+    return [_moved(part, root) for part in schema] if isinstance(schema, list) else schema
 
 
 def _head(name: str) -> str:

@@ -44,8 +44,10 @@ class Grammar:
     def of_json_schema(schema: Mapping[str, Any] | bool, where: str = "schema") -> "Grammar":
         """Any JSON value that a schema admits, on one line or indented. Raises UserError for a
         schema that is wrong or has keywords that cannot be enforced, by name."""
+        if schema is False:
+            raise UserError(f"{where}: false admits no answer")
         try:
-            text = json.dumps(schema)
+            text = json.dumps({} if schema is True else schema)
         except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{where}: not a JSON schema: {error}") from None
         try:
