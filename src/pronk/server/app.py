@@ -37,6 +37,7 @@ from pronk.server import (
 )
 from pronk.server.batch_runner import Batches
 from pronk.server.disk import Files
+from pronk.server.document import describe
 from pronk.server.errors import ApiError, api_error_of, error_body, validation_error
 from pronk.server.execute import executor
 from pronk.server.keys import Keys
@@ -119,6 +120,7 @@ def create_app(
         app.include_router(module.router)
     _handle_errors(app)
     auth.check_routes(app)
+    describe(app, keys=settings.api_key_file is not None)
     return app
 
 
