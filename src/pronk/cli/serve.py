@@ -1,6 +1,7 @@
 """`pronk serve`: the HTTP server."""
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -203,9 +204,13 @@ def serve(
             resolve_model(draft)
     folders = {name: Path(os.path.expanduser(path)) for name, path in adapters}
 
+    from pronk.server.app import create_app
     from pronk.server.run import run
 
-    run(settings, sources, options, folders, draft, (tls_cert, tls_key), _greeting(settings))
+    make_app = functools.partial(
+        create_app, settings, sources, options=options, adapters=folders, draft=draft
+    )
+    run(settings, make_app, (tls_cert, tls_key), _greeting(settings))
 
 
 def _settings(flags: dict[str, Any]) -> "ServerSettings":

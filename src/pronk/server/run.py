@@ -1,14 +1,12 @@
 """Runs an application until somebody stops it."""
 
 import socket
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import uvicorn
+from fastapi import FastAPI
 
 from pronk.core.errors import PronkError, UserError
-from pronk.server.app import create_app
 from pronk.server.logs import log_config
 from pronk.server.service import Service
 from pronk.server.settings import ServerSettings
@@ -19,47 +17,37 @@ _KEEP_ALIVE_SECONDS = 75
 
 def run(
     settings: ServerSettings,
-    sources: Sequence[str],
-    options: Mapping[str, Any],
-    adapters: Mapping[str, Path],
-    draft: str | None,
+    make_app: Callable[..., FastAPI],
     tls: tuple[str | None, str | None],
     greet: Callable[[Service, str], None],
 ) -> None:
     """Serves until a signal: the first lets requests in flight end, for `drain_seconds`, the second
-    ends them. `draft` is the draft model of the first model; `greet` is called once requests are
-    taken, with the address. Raises UserError where the server cannot be started."""
-    listener = _listen(settings.host, settings.port)
-    cert, key = tls
-    scheme = "http" if cert is None else "https"
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    address = f"{scheme}://{shown}:{port}"
-    failed: list[Exception] = []
+    ends them. `make_app` is `create_app` but for `on_ready` and `on_failure`; `tls` are the files of
+    a certificate and its key; `greet` is called once requests are taken, with the address. Raises
+    UserError where the server cannot be started."""
+    with _listen(settings.host, settings.port) as listener:
+        cert, key = tls
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        address = f"{'http' if cert is None else 'https'}://{shown}:{port}"
+        failed: list[Exception] = []
 
-    def fail(error: Exception) -> None:
-        failed.append(error)
-        server.should_exit = True
+        def fail(error: Exception) -> None:
+            failed.append(error)
+            server.should_exit = True
 
-    app = create_app(
-        settings, list(sources), options=options, adapters=adapters, draft=draft,
-        on_ready=lambda service: greet(service, address), on_failure=fail,
-    )  # fmt: skip
-    config = uvicorn.Config(
-        app,
-        log_config=log_config(settings.log_format),
-        access_log=False,
-        server_header=False,
-        ssl_certfile=cert,
-        ssl_keyfile=key,
-        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-    )
-    server = uvicorn.Server(config)
-    try:
+        config = uvicorn.Config(
+            make_app(on_ready=lambda service: greet(service, address), on_failure=fail),
+            log_config=log_config(settings.log_format),
+            access_log=False,
+            server_header=False,
+            ssl_certfile=cert,
+            ssl_keyfile=key,
+            timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        )
+        server = uvicorn.Server(config)
         server.run(sockets=[listener])
-    finally:
-        listener.close()
     if failed:
         raise failed[0]
     if not server.started:
