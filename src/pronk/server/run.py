@@ -22,8 +22,8 @@ def run(
     greet: Callable[[Service, str], None],
 ) -> None:
     """Serves until a signal: the first lets requests in flight end, for `drain_seconds`, the second
-    ends them. `make_app` is `create_app` but for `on_ready` and `on_failure`; `tls` are the files of
-    a certificate and its key; `greet` is called once requests are taken, with the address. Raises
+    ends them. `make_app` is `create_app` but for `on_ready` and `on_failure`; `tls`: the files of a
+    certificate and of its key; `greet` is called once requests are taken, with the address. Raises
     UserError where the server cannot be started."""
     with _listen(settings.host, settings.port) as listener:
         cert, key = tls
