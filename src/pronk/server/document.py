@@ -52,6 +52,7 @@ _STATUSES = {
     413: "The body is too large.",
     429: "The key is at one of its limits; see Retry-After.",
     500: "A mistake of the server.",
+    501: "This server does not offer it.",
     503: "The server is busy, starting or stopping, or short of memory; see Retry-After.",
     504: "The deadline of the request has passed.",
 }
@@ -108,7 +109,9 @@ def _describe(path: str, operation: dict[str, Any]) -> None:
     if path in OPEN_PATHS:
         statuses = [status for status in _STATUSES if str(status) in responses]
     else:
-        statuses = [s for s in _STATUSES if s != 413 or "requestBody" in operation]
+        never = {413} if "requestBody" not in operation else set()
+        never |= {501} if "501" not in responses else set()
+        statuses = [status for status in _STATUSES if status not in never]
     error = {"schema": {"$ref": _REF.format(model=_error_of(path))}}
     for status in statuses:
         known: Mapping[str, Any] = responses.get(str(status), {})

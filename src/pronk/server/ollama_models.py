@@ -128,11 +128,14 @@ async def show(request: Request, body: t.OllamaShowRequest, who: Inference) -> t
 # What would change which models there are.
 
 
-@router.post("/api/pull", summary="Refused: see `pronk pull` (Ollama)")
-@router.post("/api/push", summary="Refused (Ollama)")
-@router.post("/api/create", summary="Refused (Ollama)")
-@router.post("/api/copy", summary="Refused (Ollama)")
-@router.delete("/api/delete", summary="Refused: see `pronk rm` (Ollama)")
+_NOT_OFFERED: dict[int | str, dict[str, Any]] = {501: {"description": "Not offered."}}
+
+
+@router.post("/api/pull", summary="Refused: see `pronk pull` (Ollama)", responses=_NOT_OFFERED)
+@router.post("/api/push", summary="Refused (Ollama)", responses=_NOT_OFFERED)
+@router.post("/api/create", summary="Refused (Ollama)", responses=_NOT_OFFERED)
+@router.post("/api/copy", summary="Refused (Ollama)", responses=_NOT_OFFERED)
+@router.delete("/api/delete", summary="Refused: see `pronk rm` (Ollama)", responses=_NOT_OFFERED)
 async def refused(request: Request, who: Admin) -> None:
     raise ApiError(
         501,
