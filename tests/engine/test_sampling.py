@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pronk.backends import reference
 from pronk.backends.protocol import F32, Sampled, SampleParams
 from pronk.backends.select import select_backend
 from pronk.core.errors import UserError
@@ -245,6 +246,18 @@ def test_a_draw_is_a_function_of_seed_and_number_alone(ops: ModuleType) -> None:
     )
     assert [sampled.token for sampled in both] == [first[4], other[4]]
     assert draw(MAX_SEED, 0) != draw(MAX_SEED - 1, 0)
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 1000, 49_152])
+@pytest.mark.parametrize("n", [0, 1, 2, 15, 40, 256, 100_000])
+@pytest.mark.parametrize("distinct", [2, 300, 1 << 20])
+def test_the_largest_values_are_those_of_a_whole_sort(size: int, n: int, distinct: int) -> None:
+    """Also where many are equal, or infinitely small."""
+    draw = np.random.default_rng(size + n)
+    x_V = draw.integers(0, distinct, size).astype(np.float64)
+    for x in (x_V, np.where(x_V < distinct // 2, -np.inf, x_V), np.sort(x_V), np.sort(x_V)[::-1]):
+        expected = np.argsort(-x, kind="stable")[:n]
+        np.testing.assert_array_equal(reference._largest(x, n), expected)
 
 
 def test_masked_tokens_are_never_drawn(ops: ModuleType) -> None:
