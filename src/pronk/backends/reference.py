@@ -304,8 +304,9 @@ def _largest(x_V: npt.NDArray[np.floating[Any]], n: int) -> npt.NDArray[np.int64
     x_N = x_V[near]
     threshold = np.partition(x_N, len(x_N) - n)[len(x_N) - n]
     keep = x_N >= threshold
-    candidates = near[keep]
-    return candidates[np.argsort(-x_N[keep], kind="stable")][:n]
+    order = np.argsort(-x_N[keep], kind="stable")[:n]
+    largest: npt.NDArray[np.int64] = near[keep][order]
+    return largest
 
 
 _IN_GROUP = 64
