@@ -179,3 +179,25 @@ def test_a_broken_constraint_ends_its_own_request_only(llm: LLM) -> None:
     assert broken.finish_reason == "error"
     assert str(broken.error) == "grammar: broken"
     assert other.output == alone.output
+
+
+@pytest.mark.parametrize(
+    ("grammar", "written"),
+    [
+        (Grammar.of_choice([f"ab{i}" for i in range(3000)]), "ab"),
+        (Grammar.of_regex("(a{1000}){1000}"), "a" * 50),
+    ],
+)
+def test_a_grammar_beyond_all_limits_is_a_mistake_of_one_line(
+    llm: LLM, grammar: Grammar, written: str
+) -> None:
+    matcher = Matchers(llm.tokenizer).matcher(grammar)
+
+    def write() -> None:
+        for token in llm.tokenizer.encode(written):
+            matcher.masks([])
+            matcher.advance(token)
+        matcher.masks([])
+
+    with pytest.raises(UserError, match=r"^grammar: [^\n]*; a smaller grammar would work$"):
+        write()

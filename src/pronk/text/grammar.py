@@ -18,6 +18,7 @@ import llguidance
 from llguidance.gbnf_to_lark import any_to_lark
 
 from pronk.core.errors import PronkError, UserError
+from pronk.text.json_schema import enforceable
 
 if TYPE_CHECKING:
     from pronk.text.tokenizer import Tokenizer
@@ -26,11 +27,28 @@ JSON_OPTIONS: Any = {
     "whitespace_flexible": True,
     "whitespace_pattern": r"( |\n {0,16})?",  # bounded: a model may like white space for ever
     "lenient": False,
+    "json_allowed_escapes": 'nrbtf\\"',  # "\\u0061" could be a second way to write a property's name
 }
 """How JSON is written."""
 
+_LIMITS = llguidance.LLParserLimits(
+    max_items_in_row=20_000,
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=200_000,
+    step_max_items=200_000,
+    max_lexer_states=50_000,  # of 1 to 2 kB
+    max_grammar_size=500_000,
+    verbose_errors=False,
+)
+"""A few seconds and a few hundred MB at most for a grammar, some tenths of a second for a step."""
+
+_MAX_TEXT = 200_000
+_MAX_RULES = 500  # llguidance recurses through rules, on a stack of 8 MB
+_MAX_CHOICES = 20_000
 _KEPT = 64
 """Compiled grammars."""
+_NOT_ADMITTED = "doesn't satisfy the grammar"
+"""What llguidance says of such a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +82,23 @@ class Grammar:
     @staticmethod
     def of_regex(pattern: str, where: str = "regex") -> "Grammar":
         """Text that a regular expression matches as a whole (Rust's syntax, no look-around)."""
+        _check_size(pattern, where)
         return _checked(llguidance.LLMatcher.grammar_from_regex(pattern), where)
 
     @staticmethod
     def of_choice(choices: Sequence[str], where: str = "choice") -> "Grammar":
         """One of a few texts."""
         if not choices or not all(isinstance(text, str) and text for text in choices):
-            raise UserError(f"{where}: {choices!r} is not a list of texts")
+            raise UserError(f"{where}: {choices!r:.80} is not a list of texts")
+        if len(choices) > _MAX_CHOICES:
+            raise UserError(f"{where}: {len(choices)} choices; at most {_MAX_CHOICES}")
         alternatives = " | ".join(json.dumps(text, ensure_ascii=False) for text in choices)
         return _checked(llguidance.LLMatcher.grammar_from_lark(f"start: {alternatives}"), where)
 
     @staticmethod
     def of_ebnf(text: str, where: str = "grammar") -> "Grammar":
         """Text of a context-free grammar: in llama.cpp's notation (`root ::= ...`) or in Lark's."""
+        _check_size(text, where)
         try:
             return Grammar.of_lark(any_to_lark(text), where)
         except Exception as error:  # bare ones, too
@@ -85,6 +107,13 @@ class Grammar:
     @staticmethod
     def of_lark(text: str, where: str = "grammar") -> "Grammar":
         """Text of a context-free grammar in Lark's notation, from its rule `start`."""
+        _check_size(text, where)
+        if "%json" in text:
+            raise UserError(f"{where}: %json is not supported; ask for a JSON schema instead")
+        if (
+            n_rules := len(re.findall(r"^[^\S\n]*[?!]?[A-Za-z_]\w*[^:\n/\"]*:", text, re.M))
+        ) > _MAX_RULES:
+            raise UserError(f"{where}: {n_rules} rules; at most {_MAX_RULES}")
         return _checked(llguidance.LLMatcher.grammar_from_lark(text), where)
 
     @staticmethod
@@ -94,16 +123,23 @@ class Grammar:
 
 
 def _checked(source: str, where: str) -> Grammar:
-    wrong, messages = llguidance.LLMatcher.validate_grammar_with_warnings(source)
+    wrong, messages = llguidance.LLMatcher.validate_grammar_with_warnings(source, limits=_LIMITS)
     if wrong or messages:  # a warning is a keyword that would be ignored
         raise UserError(f"{where}: {_one_line(messages[0])}")
     return Grammar(source)
 
 
+def _check_size(text: str, where: str) -> None:
+    if len(text) > _MAX_TEXT:
+        raise UserError(f"{where}: {len(text)} characters; at most {_MAX_TEXT}")
+
+
 def _one_line(message: str) -> str:
-    """Without the lines that point at a place in the source."""
+    """Without the lines that point at a place in the source, and cut where it gets long."""
+    message = message.replace("Unsatisfiable schema: ", "no answer can satisfy it: ")
     lines = [line.strip() for line in message.splitlines()]
-    return " ".join(line for line in lines if not re.match(r"\^|\d+ \|", line))
+    text = " ".join(line for line in lines if not re.match(r"\^|\d+ \|", line))
+    return text if len(text) <= 300 else text[:300] + "..."
 
 
 class _Vocabulary:
@@ -135,7 +171,7 @@ class Matchers:
         self._lock = threading.Lock()
 
     def matcher(self, grammar: Grammar) -> "Matcher":
-        """A matcher at the beginning of an answer. Raises PronkError where the grammar is too large
+        """A matcher at the beginning of an answer. Raises UserError where the grammar is too large
         to be compiled."""
         with self._lock:
             compiled = self._compiled.pop(grammar, None)
@@ -199,5 +235,11 @@ class Matcher:
         return mask
 
     def _raise_error(self) -> None:
-        if self._matcher.is_error():
-            raise PronkError(f"grammar: {self._matcher.get_error()}")
+        """A token that the grammar does not admit is our mistake. All else are llguidance's limits,
+        which only large or ambiguous grammars reach."""
+        if not self._matcher.is_error():
+            return
+        words, _, _ = self._matcher.get_error().partition("\n<state>")  # its own inside follows
+        if _NOT_ADMITTED in words:
+            raise PronkError(f"grammar: {_one_line(words)}")
+        raise UserError(f"grammar: {_one_line(words)}; a smaller grammar would work")
