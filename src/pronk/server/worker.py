@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from pronk.core.errors import PronkError
 from pronk.engine.engine import Engine, Event
@@ -45,11 +46,8 @@ class Worker:
     def cancel(self, requests: Sequence[Request]) -> None:
         """Ends requests where they stand, as soon as the step that runs is done."""
 
-        def abort() -> Sequence[Event]:
-            ended = [request for request in requests if self.engine.abort(request)]
-            return [Event(request, (), "", "abort") for request in ended]
-
-        self._inbox.put(abort)
+        for request in requests:
+            self._inbox.put(partial(self._abort, request))
 
     def close(self) -> None:
         """Ends all requests and the thread; waits for the step that runs."""
@@ -63,9 +61,14 @@ class Worker:
 
     def _run(self) -> None:
         while not self._closing:
-            events = self._handed(wait=not self.engine.has_work)
-            if not self._closing and self.engine.has_work:
-                events += self._step()
+            events: list[Event] = []
+            try:
+                events += self._handed(wait=not self.engine.has_work)
+                if not self._closing and self.engine.has_work:
+                    events += self._step()
+            except Exception:  # without this thread all answers would hang
+                log.exception("an engine failed between its steps")
+                events += self._missed()
             self._tell(events)
 
     def _handed(self, wait: bool) -> list[Event]:
@@ -89,6 +92,14 @@ class Worker:
             return Event(request, (), "", "error")
         return None
 
+    def _abort(self, request: Request) -> Sequence[Event]:
+        return [Event(request, (), "", "abort")] if self.engine.abort(request) else []
+
+    def _missed(self) -> list[Event]:
+        """Of requests whose end was lost with the step, or whatever it was, that failed: others of
+        the step may have ended before."""
+        return [Event(r, (), "", r.finish_reason) for r in self._wakes if r.finished]
+
     def _step(self) -> Sequence[Event]:
         try:
             events = self.engine.step()
@@ -97,10 +108,12 @@ class Worker:
         except Exception as error:
             self._failures += 1
             log.exception("a step failed")
+            missed = self._missed()
             if self._failures < _MOST_FAILURES:
-                return []
+                return missed
             self._failures = 0
-            return self.engine.fail_all(PronkError(f"the engine failed: {type(error).__name__}"))
+            failure = PronkError(f"the engine failed: {type(error).__name__}")
+            return [*missed, *self.engine.fail_all(failure)]
 
     def _tell(self, events: Sequence[Event]) -> None:
         wakes = dict.fromkeys(self._wakes[e.request] for e in events if e.request in self._wakes)
