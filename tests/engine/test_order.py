@@ -152,6 +152,25 @@ def test_who_waited_for_a_beginning_goes_on_when_its_maker_is_gone() -> None:
     assert second.output == expected([5] * 200 + [1], 4)
 
 
+def test_nobody_waits_for_a_beginning_of_a_larger_priority() -> None:
+    """Which may get no room at all while others keep coming."""
+    engine = make_engine(200, token_budget=64)
+    batch = make_request([5] * 1000, 4, priority=1)
+    engine.add(batch)
+    engine.step()
+    live = [make_request([5] * 1000 + [i], 4) for i in range(2)]
+    others = [make_request([6 + i] * 300, 1) for i in range(6)]
+    for request in (*live, *others):
+        engine.add(request)
+    engine.step()
+    assert [request for request, _ in slices_of(engine)] == [live[0]]
+    finish(engine)
+    assert live[1].cached == 1000 // BLOCK * BLOCK, "its own beginnings it does wait for"
+    for request in (batch, *live, *others):
+        n = 1 if request in others else 4
+        assert request.output == expected(request.ids[: request.n_prompt].tolist(), n)
+
+
 def test_other_salts_share_nothing() -> None:
     engine = make_engine(60)
     for salt in (b"", b"a", b"b"):

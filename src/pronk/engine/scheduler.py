@@ -9,7 +9,7 @@ lately; for one owner first come, first served. Running requests go on before ot
 priority start. Where blocks run out, or a place in the batch for a smaller priority, the running
 request of the largest priority that started last gives its own back and waits again; its tokens are
 kept, only their keys and values are computed once more. A request waits, too, while a running one
-computes the beginning that both share: then that is there to be found.
+of no larger priority computes the beginning that both share: then that is there to be found.
 """
 
 import time
@@ -257,7 +257,8 @@ class Scheduler:
         if not self._coming or request.observer is not None:
             return False
         key = self.pool.first_missing(request.keys, request.ids, request.salt)
-        return key is not None and key in self._coming
+        other = None if key is None else self._coming.get(key)
+        return other is not None and other.priority <= request.priority  # else it may take for ever
 
     def commit(self, done: Slice, accepted: int = 0) -> None:
         """The slice's keys and values are stored, and those of the first `accepted` tokens of its
@@ -370,7 +371,9 @@ class Scheduler:
         self.running.insert(place, request)  # first, so that it is never in neither
         self.waiting.remove(request)
         for key in request.keys[request.published : request.known // BLOCK]:
-            self._coming.setdefault(key, request)
+            other = self._coming.get(key)
+            if other is None or other.priority > request.priority:
+                self._coming[key] = request
         return True
 
     def _take_prefix(self, request: Request) -> bool:
