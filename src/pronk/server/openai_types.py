@@ -215,6 +215,8 @@ class ChatRequest(SamplingBody):
     audio: Unsupported = None
     prediction: Unsupported = None
     web_search_options: Unsupported = None
+    moderation: Unsupported = None
+    prompt_cache_options: Unsupported = None
     reasoning_effort: Literal["none"] | None = Accepted("Llama 3.1 does not reason in secret.")
     verbosity: Unsupported = None
     functions: Unsupported = None

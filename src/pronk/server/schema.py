@@ -31,14 +31,15 @@ def _nothing(value: Any) -> None:
         raise PydanticCustomError("unsupported_parameter", "is not supported by this server")
 
 
-Unsupported = Annotated[None, BeforeValidator(_nothing), Field(description="Not supported.")]
+_REFUSED = Field(description="Not supported.", json_schema_extra={"x-unsupported": True})
+Unsupported = Annotated[None, BeforeValidator(_nothing), _REFUSED]
 """A field that the API has and this server cannot honour: null is the same as leaving it out, and
 anything else is refused."""
 
 
 def Accepted(description: str) -> Any:
     """A field that asks for nothing that changes the answer."""
-    return Field(default=None, description=description)
+    return Field(default=None, description=description, json_schema_extra={"x-neutral": True})
 
 
 def _whole(text: str) -> str:
