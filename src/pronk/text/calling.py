@@ -14,6 +14,7 @@ from typing import Any
 
 from pronk.core.errors import UserError
 from pronk.text.grammar import JSON_OPTIONS, Grammar
+from pronk.text.json_schema import enforceable
 from pronk.text.tools import Tool
 
 _SPACE = r"( |\n {0,16})?"
@@ -77,19 +78,18 @@ class _Rules:
         self._number = {tool.name: i for i, tool in enumerate(form.tools)}
 
     def _schema(self, tool: Tool, strict: set[str]) -> Mapping[str, Any]:
+        where = f"tools[{tool.name!r}].parameters"
         schema = closed(tool.parameters)
         try:
-            Grammar.of_json_schema(schema, f"tools[{tool.name!r}].parameters")
+            Grammar.of_json_schema(schema, where)
         except UserError:
             if tool.name in strict:
                 raise
             self._form.loose.add(tool.name)
             return {"type": "object"}
-        return schema
+        return enforceable(schema, where)
 
-    def json(self, schema: Mapping[str, Any] | bool) -> str:
-        if isinstance(schema, bool):
-            schema = {} if schema else {"not": {}}
+    def json(self, schema: Mapping[str, Any]) -> str:
         return "%json " + json.dumps({**schema, "x-guidance": JSON_OPTIONS})
 
     def calls(self, offered: Sequence[str], *, bare: bool) -> str:
@@ -124,7 +124,7 @@ class _Rules:
             parts.append(self.calls(offered, bare=False))
         if schema is not None:
             Grammar.of_json_schema(schema)  # whose errors, by itself, name no rules of ours
-            parts.append(self.json(schema))
+            parts.append(self.json(enforceable(schema)))
         return " | ".join(filter(None, parts))
 
     def in_text(self, offered: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ JSON_OPTIONS: Any = {
     "whitespace_flexible": True,
     "whitespace_pattern": r"( |\n {0,16})?",  # bounded: a model may like white space for ever
     "lenient": False,
-    "json_allowed_escapes": 'nrbtf\\"',  # "\\u0061" could be a second way to write a property's name
+    "json_allowed_escapes": 'nrbtf\\"',  # no \\u: a second way to write the name of a property
 }
 """How JSON is written."""
 
@@ -45,6 +45,7 @@ _LIMITS = llguidance.LLParserLimits(
 _MAX_TEXT = 200_000
 _MAX_RULES = 500  # llguidance recurses through rules, on a stack of 8 MB
 _MAX_CHOICES = 20_000
+_RULE = re.compile(r"^[^\S\n]*[?!]?[A-Za-z_]\w*[^:\n/\"]*:", re.MULTILINE)
 _KEPT = 64
 """Compiled grammars."""
 _NOT_ADMITTED = "doesn't satisfy the grammar"
@@ -61,13 +62,8 @@ class Grammar:
     @staticmethod
     def of_json_schema(schema: Mapping[str, Any] | bool, where: str = "schema") -> "Grammar":
         """Any JSON value that a schema admits, on one line or indented. Raises UserError for a
-        schema that is wrong or has keywords that cannot be enforced, by name."""
-        if schema is False:
-            raise UserError(f"{where}: false admits no answer")
-        try:
-            text = json.dumps({} if schema is True else schema)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not a JSON schema: {error}") from None
+        schema that is wrong or has keywords that cannot be enforced, by name and place."""
+        text = json.dumps(enforceable(schema, where))
         try:
             source = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
         except ValueError as error:
@@ -100,9 +96,10 @@ class Grammar:
         """Text of a context-free grammar: in llama.cpp's notation (`root ::= ...`) or in Lark's."""
         _check_size(text, where)
         try:
-            return Grammar.of_lark(any_to_lark(text), where)
+            lark = any_to_lark(text)
         except Exception as error:  # bare ones, too
             raise UserError(f"{where}: {_one_line(str(error))}") from None
+        return Grammar.of_lark(lark, where)
 
     @staticmethod
     def of_lark(text: str, where: str = "grammar") -> "Grammar":
@@ -110,9 +107,7 @@ class Grammar:
         _check_size(text, where)
         if "%json" in text:
             raise UserError(f"{where}: %json is not supported; ask for a JSON schema instead")
-        if (
-            n_rules := len(re.findall(r"^[^\S\n]*[?!]?[A-Za-z_]\w*[^:\n/\"]*:", text, re.M))
-        ) > _MAX_RULES:
+        if (n_rules := len(_RULE.findall(text))) > _MAX_RULES:
             raise UserError(f"{where}: {n_rules} rules; at most {_MAX_RULES}")
         return _checked(llguidance.LLMatcher.grammar_from_lark(text), where)
 
@@ -172,11 +167,14 @@ class Matchers:
 
     def matcher(self, grammar: Grammar) -> "Matcher":
         """A matcher at the beginning of an answer. Raises UserError where the grammar is too large
-        to be compiled."""
+        to be compiled, or admits nothing."""
         with self._lock:
             compiled = self._compiled.pop(grammar, None)
         if compiled is None:
-            compiled = llguidance.LLMatcher(self._tokenizer, grammar.source, log_level=0)
+            compiled = llguidance.LLMatcher(
+                self._tokenizer, grammar.source, log_level=0, limits=_LIMITS
+            )
+            compiled.compute_bitmask()  # what can never begin shows now
         matcher = Matcher(compiled.deep_copy(), self._stop_ids)
         with self._lock:
             self._compiled[grammar] = compiled
