@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +58,9 @@ class Entry:
     """Seconds without use after which it is unloaded, if somebody has asked for it (infinity: not
     at all); forgotten when it was unloaded. None: what the settings say."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while it is loaded or unloaded."""
+    loading: asyncio.Task[None] | None = None
+    """All who want it while it is being loaded wait for this."""
 
     @property
     def catalog(self) -> CatalogEntry | None:
@@ -112,6 +115,7 @@ class Models:
         for alias, name in (aliases or {}).items():
             self._names[alias.casefold()] = self.find(name)[0].name
         self._loading = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
         for name, path in (adapters or {}).items():
             self._check_new(name)
             self.default.adapters[name] = path
@@ -142,10 +146,15 @@ class Models:
         """A model by any of its names, loaded if it was not. ApiError 404 for an unknown one, 503
         where there is no room for it now."""
         entry, adapter = self.find(name)
-        async with entry.lock:
-            if entry.loaded is None:
-                entry.loaded = await self._load(entry)
+        entry.users += 1  # so that nobody unloads it before there is a lease
+        try:
+            while entry.loaded is None:
+                if entry.loading is None:
+                    entry.loading = self._begin(self._load(entry))
+                await asyncio.shield(entry.loading)
             return Lease(entry, entry.loaded, adapter or entry.name, adapter)
+        finally:
+            entry.users -= 1
 
     async def unload(self, name: str) -> bool:
         """Frees a model's memory; False if it was not loaded. ApiError 409 while it is in use."""
@@ -171,17 +180,33 @@ class Models:
 
     async def close(self) -> None:
         """Ends all requests and frees all models."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for entry in self:
             if entry.loaded:
                 await self._free(entry)
 
-    async def _load(self, entry: Entry) -> Loaded:
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Does what must not end in the middle when whoever asked for it is cancelled: the thread
+        behind it goes on in any case."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _load(self, entry: Entry) -> None:
+        try:
+            async with entry.lock:
+                entry.loaded = await self._made(entry)
+        finally:
+            entry.loading = None
+
+    async def _made(self, entry: Entry) -> Loaded:
         async with self._loading:  # one at a time: each looks at the memory that is free
             log.info("loading", extra={"fields": {"model": entry.name}})
             started = time.monotonic()
             while True:
                 try:
-                    llm = await asyncio.to_thread(self._make, entry)
+                    llm = await asyncio.to_thread(_make, entry, self._promised())
                     break
                 except MemoryLimitError as error:
                     if not await self._make_room():
@@ -195,12 +220,6 @@ class Models:
             fields = {"model": entry.name, "seconds": seconds, "context": llm.context}
             log.info("loaded", extra={"fields": fields})
             return loaded
-
-    def _make(self, entry: Entry) -> LLM:
-        source = entry.ref.path or entry.ref.text
-        return LLM(
-            source, keep_free=self._promised(), adapters=dict(entry.adapters), **entry.options
-        )
 
     def _promised(self) -> int:
         """Bytes of KV caches that loaded models were promised and have not touched yet."""
@@ -227,8 +246,7 @@ class Models:
         assert loaded is not None
         entry.keep_alive = None
         self._metrics.unwatch(entry.name)
-        await asyncio.to_thread(loaded.worker.close)
-        await asyncio.to_thread(loaded.llm.close)
+        await asyncio.shield(self._begin(_close(loaded)))
         log.info("unloaded", extra={"fields": {"model": entry.name}})
 
     # Adapters.
@@ -239,20 +257,29 @@ class Models:
         entry = self.default if base is None else self.find(base)[0]
         lease = await self.acquire(entry.name)
         try:
-            others = self._promised() - lease.llm.untouched_bytes
-            await asyncio.to_thread(lease.llm.load_adapter, name, path, keep_free=others)
-            entry.adapters[name] = path
+            await asyncio.shield(self._begin(self._add_adapter(entry, lease.llm, name, path)))
         finally:
             lease.release()
         return entry
+
+    async def _add_adapter(self, entry: Entry, llm: LLM, name: str, path: Path) -> None:
+        async with self._loading:  # models look at the memory that is free, too
+            self._check_new(name)  # once more: somebody else may have been faster
+            others = self._promised() - llm.untouched_bytes
+            await asyncio.to_thread(llm.load_adapter, name, path, keep_free=others)
+            entry.adapters[name] = path
 
     async def unload_adapter(self, name: str) -> None:
         entry, adapter = self.find(name)
         if adapter is None:
             raise ApiError(404, f"lora_name: {name!r:.100} is no adapter", param="lora_name")
-        if entry.loaded:
-            await asyncio.to_thread(entry.loaded.llm.unload_adapter, name)
-        del entry.adapters[name]
+        await asyncio.shield(self._begin(self._drop_adapter(entry, name)))
+
+    async def _drop_adapter(self, entry: Entry, name: str) -> None:
+        async with entry.lock:  # a model that is being loaded will have it
+            if entry.loaded and name in entry.loaded.llm.adapters:
+                await asyncio.to_thread(entry.loaded.llm.unload_adapter, name)
+            entry.adapters.pop(name, None)
 
     def _check_new(self, name: str) -> None:
         taken = name.casefold() in self._names or any(name in entry.adapters for entry in self)
@@ -268,6 +295,16 @@ class Models:
                 if names.setdefault(name, entry.name) != entry.name:
                     shared.add(name)
         return {n: owner for n, owner in names.items() if n not in shared or n == owner.casefold()}
+
+
+async def _close(loaded: Loaded) -> None:
+    await asyncio.to_thread(loaded.worker.close)
+    await asyncio.to_thread(loaded.llm.close)
+
+
+def _make(entry: Entry, keep_free: int) -> LLM:
+    source = entry.ref.path or entry.ref.text
+    return LLM(source, keep_free=keep_free, adapters=dict(entry.adapters), **entry.options)
 
 
 def _is_idle(entry: Entry, seconds: float | None) -> bool:

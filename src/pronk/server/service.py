@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import Request
@@ -66,6 +66,7 @@ class Call:
     priority: int = 0
     http: Request | None = None
     """Whose client may go away."""
+    began: float = field(default_factory=time.monotonic)
 
     @staticmethod
     def of(request: Request, caller: Caller) -> "Call":
@@ -90,9 +91,10 @@ class Call:
         return lease
 
     def deadline(self, seconds: float | None) -> float | None:
-        """On the clock of the engine: what was asked for, at most what the settings allow."""
+        """On the clock of the engine: what was asked for, at most what the settings allow. The time
+        counts from the call's beginning: a model that is loaded first takes of it."""
         limits = [s for s in (seconds, self.service.settings.request_timeout) if s is not None]
-        return time.monotonic() + min(limits) if limits else None
+        return self.began + min(limits) if limits else None
 
     def reserve(self, tokens: int) -> None:
         """Books what the call may take against the limits of its key."""
