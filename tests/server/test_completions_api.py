@@ -234,6 +234,7 @@ def test_formats(sdk: openai.OpenAI) -> None:
         ({"prompt": [1, 2**40], "echo": True}, "prompt[1]", None),
         ({"prompt": [1, 10**6], "echo": True}, "prompt", None),
         ({"prompt": "word " * 3000}, "prompt", "context_length_exceeded"),
+        ({"prompt": ["a"] * 17, "n": 121}, "n", None),
         ({"max_tokens": 0}, "max_tokens", None),
         ({"best_of": 3}, "best_of", "unsupported_parameter"),
         ({"suffix": "x"}, "suffix", "unsupported_parameter"),

@@ -33,6 +33,7 @@ from pronk.server.streams import DONE, EventStream, event
 router = APIRouter(tags=["completions"])
 
 _MOST_PROMPTS = 2048
+"""And answers, of one call."""
 
 
 @router.post(
@@ -131,11 +132,14 @@ def _requests(
     options["logprobs"] = body.logprobs
     shape, who = shape_of(body.response_format), who_of(call, body, lease, 0)
     requests, scores = [], []
-    for prompt in prompts_of(body.prompt):
+    prompts, n = prompts_of(body.prompt), body.n or 1
+    if len(prompts) * n > _MOST_PROMPTS:
+        raise UserError(f"n: {n} answers to {len(prompts)} prompts; at most {_MOST_PROMPTS} in all")
+    for prompt in prompts:
         ids = list(prompter.ids(prompt))
         n_hidden = 1 if isinstance(prompt, str) and tokenizer.add_bos else 0
         scored = EchoedPrompt(ids, tokenizer, n_hidden=n_hidden, n_top=body.logprobs or 0)
-        for i in range(body.n or 1):
+        for i in range(n):
             seeded = {**options, "seed": seed_of(body.seed, i)}
             request = prompter.completion(ids, seeded, shape, defaults={}, **who)
             if body.echo and body.logprobs is not None:
