@@ -1,5 +1,6 @@
 """OpenAI's client against our servers: streams put together, and what every event must be."""
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -39,7 +40,8 @@ def llm_of(server: Live) -> Iterator[LLM]:
 
 def refusal(server: Live, path: str, body: Any) -> tuple[int, str, str, str]:
     """Status, `param`, `code` and message of the error that a body is answered with."""
-    reply = httpx.post(server.url + path, json=body, timeout=120)
+    as_json = {"Content-Type": "application/json"}
+    reply = httpx.post(server.url + path, content=json.dumps(body), headers=as_json, timeout=120)
     assert reply.status_code >= 400, f"accepted: {body}"
     error = reply.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}

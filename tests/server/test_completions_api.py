@@ -226,6 +226,7 @@ def test_formats(sdk: openai.OpenAI) -> None:
     [
         ({"prompt": None}, "prompt", None),
         ({"prompt": []}, "prompt", None),
+        ({"prompt": ["a", "\ud800"]}, "prompt", None),
         ({"prompt": [[1], []]}, "prompt", None),
         ({"prompt": [[]]}, "prompt", None),
         ({"prompt": ["a", 1]}, "prompt[1]", None),

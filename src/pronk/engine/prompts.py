@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pronk.core.errors import UserError
+from pronk.core.files import is_unicode
 from pronk.engine.replies import ReplyText
 from pronk.engine.request import Constraint, Request, SamplingParams
 from pronk.engine.sampling import Pooler, TextOut
@@ -181,6 +182,8 @@ class Prompter:
 
     def ids(self, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, str):
+            if not is_unicode(prompt):
+                raise UserError(f"prompt: {prompt!r:.60} has half of a surrogate pair")
             return self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos)
         return prompt
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import Request
 
-from pronk.core.errors import CheckpointError, UserError
+from pronk.core.errors import MemoryLimitError, UserError
 from pronk.server.auth import Caller
 from pronk.server.disk import Files
 from pronk.server.errors import ApiError
@@ -82,7 +82,9 @@ class Call:
         self.caller.check_model(*filter(None, [adapter]), entry.name, *entry.aliases)
         try:
             lease = await self.service.models.acquire(name)
-        except CheckpointError as error:  # whose words are about files of this machine
+        except MemoryLimitError:
+            raise
+        except UserError as error:  # whose words are about files of this machine
             log.warning("a model cannot be loaded", exc_info=error)
             words = f"model: {entry.name} cannot be loaded; the server's log says why"
             raise ApiError(500, words, param="model", code="model_not_loadable") from None

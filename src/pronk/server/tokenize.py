@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 
 from pronk.core.errors import UserError
+from pronk.core.files import is_unicode
 from pronk.engine.prompts import Chat
 from pronk.server import openai_types as t
 from pronk.server.auth import Caller, caller
@@ -60,6 +61,10 @@ async def tokenize(request: Request, body: TokenizeRequest, who: Inference) -> d
     texts = [text for text in (body.prompt, body.content) if text is not None]
     given = len(texts) + (body.messages is not None)
     refuse(given != 1, "prompt", "give one of prompt, content and messages")
+    if body.messages is None:
+        refuse(body.tools is not None, "tools", "only a chat (messages) has tools")
+    else:
+        refuse(body.parse_special, "parse_special", "a chat's texts have no special tokens")
     lease = await model_of(Call.of(request, who), body.model)
     try:
         tokenizer, prompter = lease.llm.tokenizer, lease.llm.prompter
@@ -67,6 +72,7 @@ async def tokenize(request: Request, body: TokenizeRequest, who: Inference) -> d
         def ids() -> list[int]:
             if body.messages is not None:
                 return prompter.chat_ids(_chat(body))
+            refuse(not is_unicode(texts[0]), "prompt", "has half of a surrogate pair")
             bos = body.add_special_tokens and tokenizer.add_bos
             return tokenizer.encode(texts[0], bos=bos, special=body.parse_special)
 

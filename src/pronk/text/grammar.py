@@ -18,6 +18,7 @@ import llguidance
 from llguidance.gbnf_to_lark import any_to_lark
 
 from pronk.core.errors import PronkError, UserError
+from pronk.core.files import is_unicode
 from pronk.text.json_schema import enforceable
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class Grammar:
     def of_regex(pattern: str, where: str = "regex") -> "Grammar":
         """Text that a regular expression matches as a whole (Rust's syntax, no look-around)."""
         _check_size(pattern, where)
+        _check_text(pattern, where)
         return _checked(llguidance.LLMatcher.grammar_from_regex(pattern), where)
 
     @staticmethod
@@ -88,12 +90,14 @@ class Grammar:
             raise UserError(f"{where}: {choices!r:.80} is not a list of texts")
         if len(choices) > _MAX_CHOICES:
             raise UserError(f"{where}: {len(choices)} choices; at most {_MAX_CHOICES}")
+        _check_text("".join(choices), where)
         alternatives = " | ".join(json.dumps(text, ensure_ascii=False) for text in choices)
         return _checked(llguidance.LLMatcher.grammar_from_lark(f"start: {alternatives}"), where)
 
     @staticmethod
     def of_ebnf(text: str, where: str = "grammar") -> "Grammar":
         """Text of a context-free grammar: in llama.cpp's notation (`root ::= ...`) or in Lark's."""
+        _check_text(text, where)
         _check_size(text, where)
         try:
             lark = any_to_lark(text)
@@ -115,6 +119,12 @@ class Grammar:
     def of_our_own(text: str) -> "Grammar":
         """A Lark grammar that needs no check, so that it may name special tokens."""
         return Grammar(llguidance.LLMatcher.grammar_from_lark(text))
+
+
+def _check_text(text: str, where: str) -> None:
+    """Half of a character cannot be written, nor handed to llguidance."""
+    if not is_unicode(text):
+        raise UserError(f"{where}: {text!r:.80} has half of a surrogate pair")
 
 
 def _checked(source: str, where: str) -> Grammar:
