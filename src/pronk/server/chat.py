@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -225,8 +225,22 @@ async def whole(job: Job) -> dict[str, Any]:
         await job.generation.finish()
     finally:
         job.generation.close()
+    content = await made(_completion_of, job, many=bool(job.body.logprobs))
+    if job.body.store:
+        await store(job, content)
+    return content
+
+
+async def made(make: Callable[[Any], dict[str, Any]], job: Any, *, many: bool) -> dict[str, Any]:
+    """The body of an answer. Log probabilities are `many` objects, which take up to seconds, so
+    they are made in a thread."""
+    return await asyncio.to_thread(make, job) if many else make(job)
+
+
+def _completion_of(job: Job) -> dict[str, Any]:
+    """The answer, also what a stream amounts to."""
     body, generation = job.body, job.generation
-    answer = t.ChatCompletion(
+    return t.ChatCompletion(
         id=job.id,
         created=job.created,
         model=job.lease.name,
@@ -236,11 +250,7 @@ async def whole(job: Job) -> dict[str, Any]:
         system_fingerprint=job.lease.fingerprint,
         metadata=body.metadata,
         timings=timings_of(generation),
-    )
-    content = answer.model_dump(mode="json")
-    if body.store:
-        await store(job, content)
-    return content
+    ).model_dump(mode="json")
 
 
 async def store(job: Job, completion: Mapping[str, Any]) -> None:
@@ -345,21 +355,8 @@ async def chunks(job: Job) -> AsyncGenerator[str, None]:
     if with_usage:
         yield event({**head, "choices": [], "usage": usage_of(generation).model_dump()})
     if body.store:
-        await store(job, _completion_of(job))
+        await store(job, await made(_completion_of, job, many=bool(body.logprobs)))
     yield DONE
-
-
-def _completion_of(job: Job) -> dict[str, Any]:
-    """What the stream amounts to."""
-    return t.ChatCompletion(
-        id=job.id,
-        created=job.created,
-        model=job.lease.name,
-        choices=[choice_of(answer, job.body, job.lease) for answer in job.generation.answers],
-        usage=usage_of(job.generation),
-        system_fingerprint=job.lease.fingerprint,
-        metadata=job.body.metadata,
-    ).model_dump(mode="json")
 
 
 def _deltas(update: Update, body: t.ChatRequest, lease: Lease, chunk: Any) -> list[str]:

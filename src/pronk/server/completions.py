@@ -15,6 +15,7 @@ from pronk.server import openai_types as t
 from pronk.server.auth import Caller, caller
 from pronk.server.chat import (
     check_stream_options,
+    made,
     options_of,
     seed_of,
     shape_of,
@@ -158,6 +159,10 @@ async def whole(job: Job) -> dict[str, Any]:
         await job.generation.finish()
     finally:
         job.generation.close()
+    return await made(_completion_of, job, many=job.body.logprobs is not None)
+
+
+def _completion_of(job: Job) -> dict[str, Any]:
     return t.Completion(
         id=job.id,
         created=job.created,
