@@ -183,12 +183,14 @@ def prefix(runs: Sequence[Json]) -> list[str]:
             spread([run["cold"] / run["hit"] for run in alike]), str(len(alike)),
         ))  # fmt: skip
         for name, words in (("shared", "the same prefix"), ("apart", "a prefix each")):
-            cached = [n for run in alike for n in run[name]["cached"]]
-            crowd.append((
-                file, words, spread([run[name]["first"] for run in alike], 0, 1000),
-                spread([run[name]["last"] for run in alike], 0, 1000), str(median(cached)),
-                str(len(alike)),
-            ))  # fmt: skip
+            found_at_once = [run[name] for run in alike if run[name]]
+            if found_at_once:
+                crowd.append((
+                    file, words, spread([one["first"] for one in found_at_once], 0, 1000),
+                    spread([one["last"] for one in found_at_once], 0, 1000),
+                    str(int(median(n for one in found_at_once for n in one["cached"]))),
+                    str(len(found_at_once)),
+                ))  # fmt: skip
     return [
         "## Prompts that begin alike", "",
         "Milliseconds to the first token of a request alone: with a prompt that begins like no"
