@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 
 from pronk.server.app import create_app
+from pronk.server.connections import Http
 from pronk.server.service import Service
 from pronk.server.settings import ServerSettings
 
@@ -70,7 +71,7 @@ def live_server(
         on_ready=services.append,
     )
     config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, log_config=None, access_log=False, ws="none",
+        app, host="127.0.0.1", port=0, log_config=None, access_log=False, http=Http, ws="none",
         timeout_graceful_shutdown=1,
     )  # fmt: skip
     server = uvicorn.Server(config)

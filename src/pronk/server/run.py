@@ -1,5 +1,7 @@
 """Runs an application until somebody stops it."""
 
+import asyncio
+import os
 import socket
 from collections.abc import Callable
 
@@ -7,11 +9,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from pronk.core.errors import PronkError, UserError
+from pronk.server.connections import Http, Warnings, backlog, file_limit, raise_file_limit
 from pronk.server.logs import log_config
 from pronk.server.service import Service
 from pronk.server.settings import ServerSettings
 
-_BACKLOG = 2048
 _KEEP_ALIVE_SECONDS = 75
 
 
@@ -25,8 +27,9 @@ def run(
     ends them. `make_app` is `create_app` but for `on_ready` and `on_failure`; `tls`: the files of a
     certificate and of its key; `greet` is called once requests are taken, with the address. Raises
     UserError where the server cannot be started."""
+    raise_file_limit()
     with _listen(settings.host, settings.port) as listener:
-        cert, key = tls
+        cert, key = (path and os.path.expanduser(path) for path in tls)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         address = f"{'http' if cert is None else 'https'}://{shown}:{port}"
@@ -36,8 +39,15 @@ def run(
             failed.append(error)
             server.should_exit = True
 
+        def ready(service: Service) -> None:
+            asyncio.get_running_loop().set_exception_handler(Warnings.of_loop)
+            greet(service, address)
+
         config = uvicorn.Config(
-            make_app(on_ready=lambda service: greet(service, address), on_failure=fail),
+            make_app(on_ready=ready, on_failure=fail),
+            http=Http,
+            ws="none",
+            backlog=backlog(file_limit()),
             log_config=log_config(settings.log_format),
             access_log=False,
             server_header=False,
@@ -64,7 +74,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(_BACKLOG)
+        listener.listen(backlog(file_limit()))
     except OSError as error:
         listener.close()
         raise UserError(f"--port: {port} of {host} cannot be used: {error.strerror}") from None
