@@ -143,11 +143,23 @@ def validation_error(errors: Sequence[Mapping[str, Any]], body: Any = None) -> A
         words = "body: is not told to be JSON; send the header Content-Type: application/json"
         return ApiError(400, words, param="body")
     words = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    shown = f"{first.get('input')!r:.80}"
+    shown = _shown(first.get("input"))
     code = "unsupported_parameter" if first["type"] == "unsupported_parameter" else None
     return ApiError(
         400, f"{param or 'body'}: {words}; got {shown}", param=param or "body", code=code
     )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str | bytes):
+        value = value[:80]
+    elif isinstance(value, Mapping | list) and len(value) > _MANY:
+        return f"{len(value)} entries"
+    return f"{value!r:.80}"
+
+
+_MANY = 100
+"""Entries whose words would take long to put together."""
 
 
 def _first_of(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[Mapping[str, Any], str]:
