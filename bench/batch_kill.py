@@ -130,7 +130,7 @@ def wrong(batch: Json, lines: int, output: str) -> list[str]:
 
 def torture(args: argparse.Namespace, folder: str) -> list[str]:
     def start() -> Server:
-        return start_pronk(args.python, args.model, "--data-dir", folder)
+        return start_pronk(args.python, args.model, "--data-dir", folder, "--kv-disk", "0")
 
     draw = random.Random(args.seed)
     between = sorted(draw.sample(range(1, args.lines), max(0, args.kills - 2)))
