@@ -131,10 +131,33 @@ def test_requests_that_do_not_end_are_ended(serve: Serve) -> None:
     chunks = stream(served.url, 8000)
     next(chunks)
     served.process.send_signal(signal.SIGTERM)
-    with pytest.raises(httpx.RemoteProtocolError):
-        list(chunks)
+    last = json.loads(list(chunks)[-1])
+    assert last["error"]["message"] == "the server is stopping"
     served.wait()
     assert "Traceback" not in served.said
+
+
+def test_also_those_without_a_stream(serve: Serve) -> None:
+    served = serve("--drain", "1")
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        body = {**CHAT, "max_tokens": 8000}
+        answers.append(httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=PATIENCE))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    for _ in range(PATIENCE * 100):
+        if "num_requests_running{" in (text := httpx.get(f"{served.url}/metrics").text) and (
+            re.search(r"num_requests_running\{.*\} 1\.0", text)
+        ):
+            break
+        threading.Event().wait(0.01)
+    served.stop()
+    thread.join()
+    assert answers[0].status_code == 503
+    assert answers[0].headers["retry-after"]
+    assert answers[0].json()["error"]["message"] == "the server is stopping"
 
 
 def test_tls(serve: Serve, tmp_path: Path) -> None:
@@ -182,6 +205,10 @@ def test_a_draft_model_of_another_vocabulary(pronk: Pronk, tiny: str, tmp_path: 
         (["nope"], "MODEL: unknown model 'nope'"),
         (["--host", "0.0.0.0"], "--host: 0.0.0.0 lets other machines in, and there are no keys"),
         (["--host", "203.0.113.7", "--no-auth"], "--port: 8000 of 203.0.113.7 cannot be used"),
+        (["--host", "127.evil.example"], "lets other machines in"),
+        (["--host", "::1:2"], "lets other machines in"),
+        (["--allow-origin", "evil"], "--allow-origin: 'evil' is no origin"),
+        (["--allow-host", "http://a"], "--allow-host: 'http://a' is no name of a host"),
         (["--port", "70000"], "--port: 70000 is not a whole number from 0 to 65535"),
         (["--api-key-file", "none.json"], "none.json"),
         (["--no-auth", "--api-key-file", "keys.json"], "--no-auth: contradicts --api-key-file"),

@@ -229,6 +229,28 @@ def test_two_adapters_of_one_name_at_once(folder: Path) -> None:
     using(folder, use)
 
 
+def test_an_adapter_in_use_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use(models: Models) -> None:
+        await models.load_adapter("x", folder / "lora-a")
+        lease = await models.acquire("x")
+        engine, gate = lease.llm.engine, threading.Event()
+        step = engine.step
+        monkeypatch.setattr(engine, "step", lambda: gate.wait(PATIENCE) and step())
+        request = lease.llm.prompter.completion("hello", {"max_tokens": 400}, adapter="x")
+        lease.worker.submit([request], lambda: None)
+        await until(lambda: engine.has_work)
+        with pytest.raises(ApiError, match="in use by 1") as refused:
+            await models.unload_adapter("x")
+        assert refused.value.status == 409
+        lease.worker.cancel([request])
+        gate.set()
+        await until(lambda: request.finished)
+        await models.unload_adapter("x")
+        lease.release()
+
+    using(folder, use)
+
+
 def test_an_adapter_that_goes_while_its_model_is_loaded(folder: Path, loader: Loader) -> None:
     async def use(models: Models) -> None:
         await models.load_adapter("x", folder / "lora-a", "a")
@@ -246,6 +268,23 @@ def test_an_adapter_that_goes_while_its_model_is_loaded(folder: Path, loader: Lo
         await models.load_adapter("x", folder / "lora-b", "a")
 
     using(folder, use)
+
+
+def test_what_a_model_has_to_say_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = write_gguf(tmp_path / "a.gguf")
+    (tmp_path / "cache").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    async def main() -> None:
+        models = Models([str(model)], {"kv_disk_bytes": 1 << 20}, Metrics())
+        with caplog.at_level("WARNING", "pronk"):
+            (await models.acquire("a")).release()
+        await models.close()
+
+    asyncio.run(main())
+    assert "KV blocks are kept on disk" in caplog.text
 
 
 def test_time_that_a_model_takes_to_load_counts(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from engine.test_rules import make_engine, make_request
+from pronk.core.errors import PronkError
 from pronk.engine.engine import Engine
 from pronk.engine.request import Request
 from pronk.server.worker import Worker
@@ -158,3 +159,17 @@ def test_a_stop_ends_what_runs() -> None:
                 request.raise_error()
 
     asyncio.run(main())
+
+
+def test_who_comes_after_a_stop_is_told_the_same() -> None:
+    engine = make_engine(64)
+
+    async def use(worker: Worker) -> None:
+        worker.stop(PronkError("we close at six"))
+        request, changed = make_request([1], 5), asyncio.Event()
+        worker.submit([request], changed.set)
+        await ended(request, changed)
+        with pytest.raises(PronkError, match="we close at six"):
+            request.raise_error()
+
+    with_worker(engine, use)

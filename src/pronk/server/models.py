@@ -178,6 +178,16 @@ class Models:
                     if entry.loaded and _is_idle(entry, seconds):
                         await self._free(entry)
 
+    def stop(self) -> None:
+        """Ends all answers that are on their way, with an error that says so."""
+        error = ApiError(
+            503, "the server is stopping", code="overloaded",
+            headers={"Retry-After": str(_RETRY_SECONDS)},
+        )  # fmt: skip
+        for entry in self:
+            if entry.loaded:
+                entry.loaded.worker.stop(error)
+
     async def close(self) -> None:
         """Ends all requests and frees all models."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -278,7 +288,12 @@ class Models:
     async def _drop_adapter(self, entry: Entry, name: str) -> None:
         async with entry.lock:  # a model that is being loaded will have it
             if entry.loaded and name in entry.loaded.llm.adapters:
-                await asyncio.to_thread(entry.loaded.llm.unload_adapter, name)
+                try:
+                    await asyncio.to_thread(entry.loaded.llm.unload_adapter, name)
+                except UserError as error:
+                    raise ApiError(
+                        409, str(error), param="lora_name", code="adapter_in_use"
+                    ) from None
             entry.adapters.pop(name, None)
 
     def _check_new(self, name: str) -> None:
@@ -304,7 +319,14 @@ async def _close(loaded: Loaded) -> None:
 
 def _make(entry: Entry, keep_free: int) -> LLM:
     source = entry.ref.path or entry.ref.text
-    return LLM(source, keep_free=keep_free, adapters=dict(entry.adapters), **entry.options)
+    adapters = dict(entry.adapters)
+    return LLM(source, keep_free=keep_free, adapters=adapters, progress=_noted, **entry.options)
+
+
+def _noted(done: int, total: int, what: str) -> None:
+    """Progress that knows no total is a notice, such as that the disk takes no more blocks."""
+    if total == 0:
+        log.warning("%s", what)
 
 
 def _is_idle(entry: Entry, seconds: float | None) -> bool:

@@ -15,6 +15,8 @@ from pronk.server.service import Service
 from pronk.server.settings import ServerSettings
 
 _KEEP_ALIVE_SECONDS = 75
+_LAST_WORDS_SECONDS = 5
+"""For answers that are ended to say so, until their connections are cut."""
 
 
 def run(
@@ -40,6 +42,7 @@ def run(
             server.should_exit = True
 
         def ready(service: Service) -> None:
+            server.service = service
             asyncio.get_running_loop().set_exception_handler(Warnings.of_loop)
             greet(service, address)
 
@@ -53,15 +56,37 @@ def run(
             server_header=False,
             ssl_certfile=cert,
             ssl_keyfile=key,
-            timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+            timeout_graceful_shutdown=round(settings.drain_seconds) + _LAST_WORDS_SECONDS,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         )
-        server = uvicorn.Server(config)
+        server = _Server(config, settings.drain_seconds)
         server.run(sockets=[listener])
     if failed:
         raise failed[0]
     if not server.started:
         raise PronkError("the server could not be started")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, which would cut the connections of answers that take too long: they end with an
+    error in the words of their API instead."""
+
+    def __init__(self, config: uvicorn.Config, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._drain_seconds = drain_seconds
+        self.service: Service | None = None
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self._drain_seconds, self._end_answers)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+    def _end_answers(self) -> None:
+        if self.service is not None:
+            self.service.models.stop()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -29,6 +29,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue[Callable[[], Sequence[Event]]] = queue.SimpleQueue()
         self._wakes: dict[Request, Wake] = {}
+        self._stopped: Exception | None = None
         self._closing = False
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
@@ -49,13 +50,23 @@ class Worker:
         for request in requests:
             self._inbox.put(partial(self._abort, request))
 
+    def stop(self, error: Exception) -> None:
+        """Ends all requests with `error`, and those that come later."""
+
+        def end() -> Sequence[Event]:
+            self._stopped = error
+            return self.engine.fail_all(error)
+
+        self._inbox.put(end)
+
     def close(self) -> None:
         """Ends all requests and the thread; waits for the step that runs."""
 
         def end() -> Sequence[Event]:
             self._closing = True
-            return self.engine.fail_all(PronkError("the server is stopping"))
+            return ()
 
+        self.stop(PronkError("the server is stopping"))
         self._inbox.put(end)
         self._thread.join()
 
@@ -86,6 +97,8 @@ class Worker:
     def _add(self, request: Request, wake: Wake) -> Event | None:
         self._wakes[request] = wake
         try:
+            if self._stopped is not None:
+                raise self._stopped
             self.engine.add(request)
         except Exception as error:
             request.end("error", error)
