@@ -374,7 +374,7 @@ def test_bodies_as_curl_sends_them(tiny_server: Live) -> None:
         assert answer.status_code == 200, answer.text
         assert answer.json()["eval_count"] == 16
     for browser in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
-        assert httpx.post(url, content=body, headers={**form, **browser}).status_code == 400
+        assert httpx.post(url, content=body, headers={**form, **browser}).status_code == 403
     assert "not JSON" in httpx.post(url, content="{").json()["error"]
 
 

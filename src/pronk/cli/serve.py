@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import ipaddress
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from pronk.server.service import Service
     from pronk.server.settings import ServerSettings
 
-_LOOPBACK = ("127.", "::1", "localhost")
 _DAY = 86_400
 
 
@@ -149,6 +149,14 @@ def pair(value: str) -> tuple[str, str]:
     help="Web pages of this origin may call the server; may be repeated.",
 )
 @click.option(
+    "--allow-host",
+    "hosts",
+    type=text,
+    metavar="NAME",
+    multiple=True,
+    help="Answer to this name without keys, too (addresses and local names always work).",
+)
+@click.option(
     "--log-format",
     type=click.Choice(["text", "json"]),
     default="text",
@@ -214,6 +222,7 @@ def serve(
 
 
 def _settings(flags: dict[str, Any]) -> "ServerSettings":
+    from pronk.server.origins import check_host_name, check_origin
     from pronk.server.settings import ServerSettings
 
     log_format: Literal["text", "json"] = flags["log_format"]
@@ -230,7 +239,8 @@ def _settings(flags: dict[str, Any]) -> "ServerSettings":
         idle_unload=flags["idle_unload"],
         log_format=log_format,
         otlp_endpoint=flags["otlp_endpoint"],
-        allow_origins=tuple(flags["origins"]),
+        allow_hosts=tuple(map(check_host_name, flags["hosts"])),
+        allow_origins=tuple(map(check_origin, flags["origins"])),
     )
     if flags["data_dir"] is not None:
         folder = Path(os.path.expanduser(flags["data_dir"]))
@@ -246,8 +256,7 @@ def _path(text: str | None) -> Path | None:
 
 def _check_exposure(settings: "ServerSettings", no_auth: bool) -> None:
     """A server without keys that other machines can reach must be what was meant."""
-    local = settings.host.startswith(_LOOPBACK)
-    if settings.api_key_file is None and not local and not no_auth:
+    if settings.api_key_file is None and not _is_local(settings.host) and not no_auth:
         raise UserError(
             f"--host: {settings.host} lets other machines in, and there are no keys; make one with"
             " `pronk key add keys.json --name ME` and give --api-key-file keys.json, or say"
@@ -255,6 +264,15 @@ def _check_exposure(settings: "ServerSettings", no_auth: bool) -> None:
         )
     if no_auth and settings.api_key_file is not None:
         raise UserError("--no-auth: contradicts --api-key-file")
+    if settings.allow_hosts and settings.api_key_file is not None:
+        raise UserError("--allow-host: not needed with --api-key-file; every name is answered then")
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.casefold() == "localhost"
 
 
 def _check_tls(cert: str | None, key: str | None) -> None:

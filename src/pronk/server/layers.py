@@ -1,6 +1,6 @@
-"""The layers around the routes, outermost first: requests' ids, logs and metrics; traces; keys;
-limits; bodies. All are plain ASGI: a client that goes away is seen below them at once, and streams
-pass."""
+"""The layers around the routes, outermost first: requests' ids, logs and metrics; traces; pages of
+others; keys; limits; bodies. All are plain ASGI: a client that goes away is seen below them at
+once, and streams pass."""
 
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from pronk.server.bodies import BodyLimitLayer
 from pronk.server.limits import Limits, LimitsLayer
 from pronk.server.logs import RequestLayer
 from pronk.server.metrics import Metrics
+from pronk.server.origins import OriginLayer
 from pronk.server.settings import ServerSettings
 from pronk.server.tracing import TracingLayer
 
@@ -38,6 +39,13 @@ def add_layers(
     )
     app.add_middleware(LimitsLayer, limits=limits)
     app.add_middleware(AuthLayer)
+    if settings.api_key_file is None:
+        app.add_middleware(
+            OriginLayer,
+            hosts=settings.allow_hosts,
+            origins=settings.allow_origins,
+            metrics=metrics,
+        )
     if tracing is not None:
         app.add_middleware(TracingLayer, provider=tracing)
     app.add_middleware(RequestLayer, metrics=metrics)

@@ -37,5 +37,7 @@ class ServerSettings:
     log_format: Literal["text", "json"] = "text"
     otlp_endpoint: str | None = None
     """Where OpenTelemetry traces go; None: nowhere."""
+    allow_hosts: tuple[str, ...] = ()
+    """Names by which a server without keys may be called, beside addresses and local names."""
     allow_origins: tuple[str, ...] = ()
     """Origins of web pages elsewhere that may call this server (CORS)."""
