@@ -236,6 +236,7 @@ def test_formats(sdk: openai.OpenAI) -> None:
         ({"prompt": [1, 10**6], "echo": True}, "prompt", None),
         ({"prompt": "word " * 3000}, "prompt", "context_length_exceeded"),
         ({"prompt": ["a"] * 17, "n": 121}, "n", None),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", None),
         ({"max_tokens": 0}, "max_tokens", None),
         ({"best_of": 3}, "best_of", "unsupported_parameter"),
         ({"suffix": "x"}, "suffix", "unsupported_parameter"),

@@ -174,7 +174,9 @@ class SamplingBody(Body):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = Field(
-        default=None, description="From token ids to what is added to their logits, -100 to 100."
+        default=None,
+        max_length=1024,  # each is added at every token, while all other answers wait
+        description="From token ids to what is added to their logits, -100 to 100.",
     )
     stop: Stop | None = None
     stop_token_ids: list[int] | None = None
