@@ -7,8 +7,8 @@ Starts its own server for a model, or takes one that runs on this machine (`--pi
 Each client sends requests of all kinds one after another (chats, completions, messages, tools, JSON
 schemas, several answers, long prompts, with and without streams) and goes away before the body is
 sent, while it waits, in the middle of the answer, or not at all; by closing or by resetting the
-connection. First the KV cache is filled and every kind of request is answered once, so that what
-grows afterwards grows without need.
+connection. In the end all leave at once. First the KV cache is filled and every kind of request is
+answered once, so that what grows afterwards grows without need.
 
 Exits with 1 where something was left behind or went wrong: requests running or waiting, blocks in
 use, requests in flight, open files, threads, memory that grows after the second minute, answers
@@ -141,7 +141,9 @@ class Client(asyncio.Protocol):
         return int(words[1]) if len(words) > 1 and words[1].isdigit() else None
 
 
-async def one_request(port: int, model: str, draw: random.Random, seen: Counter[str]) -> None:
+async def one_request(
+    port: int, model: str, draw: random.Random, seen: Counter[str], connected: set[Client]
+) -> None:
     kind, (path, body) = draw.choice(list(kinds(model, draw).items()))
     (moment,) = draw.choices(MOMENTS, WEIGHTS)
     data = request_bytes(path, body)
@@ -149,6 +151,8 @@ async def one_request(port: int, model: str, draw: random.Random, seen: Counter[
     _, client = await loop.create_connection(Client, "127.0.0.1", port)
     assert client.transport is not None
     client.rude = draw.random() < 0.5
+    connected.add(client)
+    client.over.add_done_callback(lambda _: connected.discard(client))
     seen[f"left {moment}"] += 1
     seen[f"kind {kind}"] += 1
     if moment == "in the body":
@@ -168,17 +172,26 @@ async def one_request(port: int, model: str, draw: random.Random, seen: Counter[
 
 
 async def clients(port: int, model: str, n: int, until: float, seen: Counter[str]) -> None:
+    """`n` of them until the end; then those that are still there leave at once."""
+    connected: set[Client] = set()
+
     async def one(number: int) -> None:
         draw = random.Random(number)
         await asyncio.sleep(draw.uniform(0, 2))
         while time.monotonic() < until:
             try:
-                await one_request(port, model, draw, seen)
+                await one_request(port, model, draw, seen, connected)
             except OSError as error:
                 seen[f"no connection: {type(error).__name__}"] += 1
                 await asyncio.sleep(0.1)
 
-    await asyncio.gather(*(one(number) for number in range(n)))
+    tasks = [asyncio.ensure_future(one(number)) for number in range(n)]
+    while any(not task.done() for task in tasks):
+        await asyncio.sleep(0.2)
+        if time.monotonic() > until:
+            for client in list(connected):
+                client.leave()
+    await asyncio.gather(*tasks)
 
 
 # What is seen of the server.
