@@ -14,6 +14,11 @@ from live import Live, live_server
 from sdk import HI, client
 
 from engine.tiny_models import write_gguf
+from pronk.core.errors import CheckpointError
+from pronk.server.app import create_app
+from pronk.server.response_background import Responses
+from pronk.server.settings import ServerSettings
+from pronk.server.store import Store
 
 CHAT = "/v1/chat/completions"
 
@@ -149,3 +154,39 @@ def test_a_stop_ends_what_takes_too_long(tmp_path: Path) -> None:
         server.until(lambda: server.busy == 1)
     assert server.service.models.default.loaded is None
     stream.go()
+
+
+def test_a_start_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    model = write_gguf(tmp_path / "tiny.gguf")
+    app = create_app(ServerSettings(data_dir=tmp_path / "data"), [str(model)])
+    model.write_bytes(model.read_bytes()[:5000])
+
+    async def start() -> None:
+        async with app.router.lifespan_context(app):
+            pass
+
+    with pytest.raises(CheckpointError):
+        asyncio.run(start())
+    Store(tmp_path / "data").close()  # which another server would hold
+
+
+def test_what_cannot_be_stopped_does_not_keep_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: Any) -> None:
+        raise OSError("the database is gone")
+
+    monkeypatch.setattr(Responses, "stop", broken)
+    app = create_app(
+        ServerSettings(data_dir=tmp_path / "data"), [str(write_gguf(tmp_path / "tiny.gguf"))]
+    )
+
+    async def start() -> None:
+        async with app.router.lifespan_context(app):
+            watch = app.state.service.responses._watch
+        watch.cancel()
+
+    with pytest.raises(OSError, match="the database is gone"):
+        asyncio.run(start())
+    assert app.state.service.models.default.loaded is None
+    Store(tmp_path / "data").close()

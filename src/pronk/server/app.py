@@ -132,52 +132,54 @@ async def _running(
     counts: metrics.Metrics,
     keys: Keys | None,
 ) -> AsyncIterator[Service]:
-    """Everything that works in the background, from the start to the end of the application."""
-    store = await asyncio.to_thread(Store, settings.data_dir, settings.database)
-    spent = usage.Usage(store)
-    service = Service(
-        settings=settings,
-        models=models,
-        store=store,
-        metrics=counts,
-        usage=spent,
-        keys=keys,
-        limits=app.state.limits,
-        files=Files(store, settings.data_dir, max_bytes=settings.max_file_bytes),
-        batches=None,
-    )
-    app.state.service = service
-    lease = await models.acquire(models.default.name)
-    lease.release()
-    tasks = [
-        asyncio.create_task(spent.run()),
-        asyncio.create_task(_unload_idle(models, settings.idle_unload)),
-    ]
-    service.batches = Batches(
-        store,
-        service.files,
-        executor(service),
-        concurrency=settings.batch_concurrency,
-        keys=keys,
-        max_line_bytes=settings.max_body_bytes,
-        on_line=counts.batch_line,
-    )
-    await service.batches.start()
-    service.responses = Responses(store)
-    await service.responses.start()
-    service.ready = True
-    try:
-        yield service
-    finally:
-        service.ready = False
-        await service.responses.stop()
-        await service.batches.stop()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await models.close()
-        await asyncio.to_thread(spent.flush)
-        await asyncio.to_thread(store.close)
+    """Everything that works in the background, from the start to the end of the application. What
+    was started is stopped in any case, the last first."""
+    async with contextlib.AsyncExitStack() as stack:
+        store = await asyncio.to_thread(Store, settings.data_dir, settings.database)
+        stack.push_async_callback(asyncio.to_thread, store.close)
+        spent = usage.Usage(store)
+        stack.push_async_callback(asyncio.to_thread, spent.flush)
+        service = Service(
+            settings=settings,
+            models=models,
+            store=store,
+            metrics=counts,
+            usage=spent,
+            keys=keys,
+            limits=app.state.limits,
+            files=Files(store, settings.data_dir, max_bytes=settings.max_file_bytes),
+            batches=None,
+        )
+        app.state.service = service
+        stack.push_async_callback(models.close)
+        lease = await models.acquire(models.default.name)
+        lease.release()
+        for work in (spent.run(), _unload_idle(models, settings.idle_unload)):
+            stack.push_async_callback(_cancelled, asyncio.create_task(work))
+        service.batches = Batches(
+            store,
+            service.files,
+            executor(service),
+            concurrency=settings.batch_concurrency,
+            keys=keys,
+            max_line_bytes=settings.max_body_bytes,
+            on_line=counts.batch_line,
+        )
+        await service.batches.start()
+        stack.push_async_callback(service.batches.stop)
+        service.responses = Responses(store)
+        await service.responses.start()
+        stack.push_async_callback(service.responses.stop)
+        service.ready = True
+        try:
+            yield service
+        finally:
+            service.ready = False
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _unload_idle(models: Models, seconds: float | None) -> None:
