@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -199,3 +200,22 @@ def test_long_text_in_parts_is_the_same(plain: Tokenizer) -> None:
     rng = random.Random(0)
     text = "".join(rng.choices([*PARTS, " ", "\n", "\t ", " x", "! "], k=60_000))
     assert cut.encode(text) == whole.encode(text)
+
+
+def test_a_long_word_is_encoded_without_the_gil() -> None:
+    """`encode` keeps it, and every other thread would wait; for a batch it is given back."""
+    tokenizer = tokenizer_from_gguf(metadata_of("gpt-2"))
+    expected = tokenizer.encode("x" * 1000)
+    core = tokenizer._core  # type: ignore[attr-defined]
+
+    class Core:
+        def encode(self, text: str, **options: bool) -> Any:
+            assert len(text) <= 50_000
+            return core.encode(text, **options)
+
+        def encode_batch_fast(self, texts: list[str], **options: bool) -> Any:
+            return core.encode_batch_fast(texts, **options)
+
+    tokenizer._core = Core()  # type: ignore[attr-defined]
+    assert tokenizer.encode("x" * 1000) == expected
+    assert tokenizer.decode(tokenizer.encode("x" * 200_000)) == "x" * 200_000

@@ -64,7 +64,10 @@ class BpeTokenizer(Tokenizer):
         ids: list[int] = []
         with Guarded(UserError, "text: this vocabulary cannot encode it"):
             for part in _parts(text) if self._cut_at_spaces else (text,):
-                ids += self._core.encode(part, add_special_tokens=False).ids
+                if len(part) > 2 * _CHUNK_CHARS:  # one that has no spaces: `encode` keeps the GIL
+                    ids += self._core.encode_batch_fast([part], add_special_tokens=False)[0].ids
+                else:
+                    ids += self._core.encode(part, add_special_tokens=False).ids
         return ids
 
     def _ordinary_bytes(self, ids: Iterable[int]) -> bytes:
