@@ -1,6 +1,9 @@
 """From chats and texts to requests of one model: the prompt's tokens, how the answer is sampled,
 what it must look like, and how its text is read. Pure, and safe to use from any thread."""
 
+import hashlib
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date as Date
@@ -14,6 +17,7 @@ from pronk.engine.request import Constraint, Request, SamplingParams
 from pronk.engine.sampling import Pooler, TextOut
 
 if TYPE_CHECKING:
+    from pronk.text.calling import AnswerForm
     from pronk.text.chat import ChatFormat
     from pronk.text.grammar import Grammar, Matchers
     from pronk.text.messages import Message
@@ -24,6 +28,9 @@ CHAT_DEFAULTS: Mapping[str, float] = {"temperature": 0.6, "top_p": 0.9}
 """Meta's own (llama-models, generation.py); what comes with a model goes before them."""
 GENERATE_DEFAULTS: Mapping[str, float] = {"max_tokens": 16}
 """Greedy: a raw completion shows what the model finds most likely."""
+
+_KEPT = 64
+"""Grammars of answers that were asked for lately."""
 
 Prompt: TypeAlias = str | list[int]
 
@@ -123,6 +130,8 @@ class Prompter:
         self.tokenizer = tokenizer
         self._name = name
         self._recommended = recommended
+        self._grammars: OrderedDict[bytes, tuple[Grammar | None, frozenset[str]]] = OrderedDict()
+        self._lock = threading.Lock()
 
     @cached_property
     def chat_format(self) -> "ChatFormat | None":
@@ -200,15 +209,34 @@ class Prompter:
                 "response_format: with tools an answer is text or JSON of a schema; leave the tools"
                 " or the grammar out"
             )
-        from pronk.text.calling import AnswerForm, answer_grammar
+        from pronk.text.calling import AnswerForm
 
         form = AnswerForm(
             chat.tools, chat.builtin_tools, chat.tool_choice, chat.parallel_tool_calls,
             None if shape is None else shape.schema,
-            python_tag="<|python_tag|>" in self.tokenizer.special_ids, loose=chat.unenforced,
+            python_tag="<|python_tag|>" in self.tokenizer.special_ids,
         )  # fmt: skip
-        grammar = answer_grammar(form, chat.strict_tools)
+        grammar, loose = self._grammar(form, chat.strict_tools)
+        chat.unenforced.update(loose)
         return None if grammar is None else self.matchers.matcher(grammar)
+
+    def _grammar(
+        self, form: "AnswerForm", strict: Sequence[str]
+    ) -> "tuple[Grammar | None, frozenset[str]]":
+        """The grammar of an answer, and the tools that it does not enforce. Agents send the same
+        tools with every request; they are checked once."""
+        from pronk.text.calling import answer_grammar
+
+        key = hashlib.blake2b(repr((form, *strict)).encode("utf-8", "surrogatepass")).digest()
+        with self._lock:
+            found = self._grammars.pop(key, None)
+        if found is None:
+            found = answer_grammar(form, strict), frozenset(form.loose)
+        with self._lock:
+            self._grammars[key] = found
+            while len(self._grammars) > _KEPT:
+                self._grammars.popitem(last=False)
+        return found
 
     def _without_calls(self, params: SamplingParams) -> SamplingParams:
         """Nothing was offered, and the token that begins a call is not drawn either."""
