@@ -44,8 +44,9 @@ _LIMITS = llguidance.LLParserLimits(
 """A few seconds and a few hundred MB at most for a grammar, some tenths of a second for a step."""
 
 _MAX_TEXT = 200_000
-_MAX_RULES = 500  # llguidance recurses through rules, on a stack of 8 MB
-_MAX_CHOICES = 20_000
+_MAX_RULES = 500
+_MAX_LEVELS = 2000  # llguidance recurses through rules and brackets, on a stack of 8 MB
+_MAX_CHOICES = 10_000
 _RULE = re.compile(r"^[^\S\n]*[?!]?[A-Za-z_]\w*[^:\n/\"]*:", re.MULTILINE)
 _KEPT = 64
 """Compiled grammars."""
@@ -101,6 +102,8 @@ class Grammar:
         _check_size(text, where)
         try:
             lark = any_to_lark(text)
+        except RecursionError:
+            raise UserError(f"{where}: nested too deep") from None
         except Exception as error:  # bare ones, too
             raise UserError(f"{where}: {_one_line(str(error))}") from None
         return Grammar.of_lark(lark, where)
@@ -113,6 +116,10 @@ class Grammar:
             raise UserError(f"{where}: %json is not supported; ask for a JSON schema instead")
         if (n_rules := len(_RULE.findall(text))) > _MAX_RULES:
             raise UserError(f"{where}: {n_rules} rules; at most {_MAX_RULES}")
+        if n_rules * (1 + (depth := _bracket_depth(text))) > _MAX_LEVELS:
+            raise UserError(
+                f"{where}: {n_rules} rules with brackets nested {depth} deep; write less"
+            )
         return _checked(llguidance.LLMatcher.grammar_from_lark(text), where)
 
     @staticmethod
@@ -139,9 +146,19 @@ def _check_size(text: str, where: str) -> None:
         raise UserError(f"{where}: {len(text)} characters; at most {_MAX_TEXT}")
 
 
+def _bracket_depth(text: str) -> int:
+    """Those within texts and regular expressions are counted, too."""
+    depth = most = 0
+    for bracket in re.findall(r"[()\[\]]", text):
+        depth = max(0, depth + (1 if bracket in "([" else -1))
+        most = max(most, depth)
+    return most
+
+
 def _one_line(message: str) -> str:
     """Without the lines that point at a place in the source, and cut where it gets long."""
     message = message.replace("Unsatisfiable schema: ", "no answer can satisfy it: ")
+    message = message.replace("<non-verbose/>", "")
     lines = [line.strip() for line in message.splitlines()]
     text = " ".join(line for line in lines if not re.match(r"\^|\d+ \|", line))
     return text if len(text) <= 300 else text[:300] + "..."

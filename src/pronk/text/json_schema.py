@@ -14,11 +14,20 @@ from typing import Any
 from urllib.parse import unquote
 
 from pronk.core.errors import UserError
+from pronk.text.schema_nodes import (
+    BOUNDS,
+    drop_what_says_nothing,
+    fine_grid,
+    off_the_bounds,
+    put_behind,
+    ref_levels,
+    subschemas,
+    types_of,
+)
 from pronk.text.schema_parts import (
     COUNTS,
     FORMATS,
     SHAPES,
-    TYPES,
     check_constant,
     check_pattern,
     decimal,
@@ -40,7 +49,8 @@ _MAX_PROPERTIES = 1000
 _MAX_PATTERNS = 32  # each is compared with each
 _MAX_ENUM = 20_000
 _MAX_COUNT = 1_000_000
-_MAX_MULTIPLE = 100_000  # the states of its automaton
+_MAX_MULTIPLE = 10_000  # an automaton of so many states
+_MAX_MULTIPLES = 50_000  # all together
 _EXACT = 2**53  # whole numbers that a double holds
 _MAX_BOUND = 2**63 - 1024  # the largest double that fits a signed 64-bit integer
 _COMBINING = ("allOf", "anyOf", "oneOf", "$ref")
@@ -82,18 +92,20 @@ class _Schema:
     def check(self) -> None:
         while self._todo:
             self._read(*self._todo.pop(), 0)
-        levels = sum(map(_ref_levels, [self._root, *self._refs.values()]))
+        levels = sum(map(ref_levels, [self._root, *self._refs.values()]))
         if levels > _MAX_REF_LEVELS:
             raise self._no("#", f"references nested up to {levels} deep; {_MAX_REF_LEVELS} work")
+        self._check_loops()
         self._check_endings()
         self._check_multiples()
         for node, at in self._seen.values():
             if "oneOf" in node:
                 self._one_of(node, at)
             if not self._combined:
-                _fine_grid(node)
+                fine_grid(node)
 
     def _no(self, at: str, why: str) -> UserError:
+        at = at if len(at) <= 200 else f"{at[:120]}...{at[-60:]}"
         return UserError(f"{self._where}: {at}: {why}")
 
     def _read(self, node: Any, at: str, depth: int) -> None:
@@ -109,7 +121,7 @@ class _Schema:
         if at != "#" and isinstance(node.get("$id"), str):
             raise self._no(f"{at}/$id", "only the whole schema may have one")
         node.pop("$schema", None)  # it would make llguidance skip what other drafts define
-        _drop_what_says_nothing(node)
+        drop_what_says_nothing(node)
         for key in node:
             if key in REFUSED:
                 raise self._no(f"{at}/{key}", "this keyword cannot be enforced")
@@ -118,7 +130,7 @@ class _Schema:
         self._format(node, at)
         self._array(node, at)
         self._object(node, at)
-        for sub, name in _subschemas(node):
+        for sub, name in subschemas(node):
             self._read(sub, f"{at}/{name}", depth + 1)
         if "$ref" in node and node["$ref"] not in self._refs:
             target = self._target(node["$ref"], f"{at}/$ref")
@@ -133,8 +145,9 @@ class _Schema:
             if key in node and not right(node[key]):
                 raise self._no(f"{at}/{key}", f"{node[key]!r:.60} is not {what}")
         for key in ("anyOf", "oneOf", "allOf", "prefixItems"):
-            if len(node.get(key, ())) > _MAX_OPTIONS:
-                raise self._no(f"{at}/{key}", f"more than {_MAX_OPTIONS} schemas")
+            most = 300 if key == "oneOf" else _MAX_OPTIONS  # each is compared with each
+            if len(node.get(key, ())) > most:
+                raise self._no(f"{at}/{key}", f"more than {most} schemas")
         for key in ("minLength", "minItems", "minProperties"):
             if node.get(key, 0) > _MAX_COUNT:
                 raise self._no(f"{at}/{key}", f"no answer is that long; at most {_MAX_COUNT}")
@@ -155,9 +168,7 @@ class _Schema:
                 raise self._no(f"{at}/enum/{i}", why)
 
     def _numbers(self, node: dict[str, Any], at: str) -> None:
-        for key, exclusive, sign in (
-            ("minimum", "exclusiveMinimum", 1), ("maximum", "exclusiveMaximum", -1),
-        ):  # fmt: skip
+        for key, exclusive, sign in BOUNDS:
             if node.get(exclusive) is False:  # draft 4 says which kind a bound is
                 del node[exclusive]
             elif node.get(exclusive) is True:
@@ -167,6 +178,10 @@ class _Schema:
             for name in (key, exclusive):
                 if name in node:
                     self._bound(node, at, key, name, sign)
+        off_the_bounds(node)
+        if types_of(node) & {"integer", "number"} == {"integer"} and "multipleOf" not in node:
+            node.setdefault("minimum", -_MAX_BOUND)  # a model may like digits for ever
+            node.setdefault("maximum", _MAX_BOUND)
         if "multipleOf" in node:
             step = decimal(abs(node["multipleOf"]))
             if step is None or not 0 < step[0] <= _MAX_MULTIPLE:
@@ -176,6 +191,8 @@ class _Schema:
                     f" numbers up to {_MAX_MULTIPLE} can, and of 0.1, 0.01, 0.5 and the like",
                 )
             self._multiples.append((f"{at}/multipleOf", *step))
+            if sum(factor for _, factor, _ in self._multiples) > _MAX_MULTIPLES:
+                raise self._no(f"{at}/multipleOf", "too large together with the other multiples")
 
     def _bound(self, node: dict[str, Any], at: str, key: str, name: str, sign: int) -> None:
         """A bound beyond what doubles hold exactly becomes the next one that they do hold, inwards:
@@ -200,7 +217,7 @@ class _Schema:
         name = node.get("format")
         if name is None:
             return
-        if "string" not in _types(node) or name in ("password", "binary"):
+        if "string" not in types_of(node) or name in ("password", "binary"):
             del node["format"]  # says nothing of JSON
             return
         if name not in FORMATS:
@@ -219,7 +236,7 @@ class _Schema:
         if isinstance(node.get("items"), list):  # as drafts up to 2019-09 write prefixItems
             if "prefixItems" in node:
                 raise self._no(f"{at}/items", "a list beside prefixItems; make it one schema")
-            _put_behind(node, "items", "additionalItems")
+            put_behind(node, "items", "additionalItems")
         elif "additionalItems" in node:
             if "prefixItems" in node:
                 raise self._no(f"{at}/additionalItems", "beside prefixItems it is called items")
@@ -235,7 +252,7 @@ class _Schema:
             if why := check_pattern(pattern):
                 raise self._no(f"{at}/patternProperties", f"{pattern!r:.60}: {why}")
         if patterns:
-            _put_behind(node, "patternProperties", "additionalProperties")
+            put_behind(node, "patternProperties", "additionalProperties")
         required = set(node.get("required", ()))
         n_optional = len(names.keys() - required)
         for key in ("minProperties", "maxProperties"):
@@ -267,6 +284,32 @@ class _Schema:
                 raise self._no(at, f"{ref!r:.60}: leads through a schema with an $id")
         return node, ref
 
+    def _check_loops(self) -> None:
+        """Refuses a schema that applies itself to the same value."""
+        done: set[int] = set()
+        for root, at in self._seen.values():
+            path: list[tuple[Any, list[Any]]] = [(root, self._applied(root))]
+            within = {id(root)}
+            while path:
+                node, more = path[-1]
+                following = more.pop() if more else None
+                if following is None:
+                    path.pop()
+                    within.discard(id(node))
+                    done.add(id(node))
+                elif id(following) in within:
+                    raise self._no(at, "refers to itself without going into a value")
+                elif id(following) not in done:
+                    within.add(id(following))
+                    path.append((following, self._applied(following)))
+
+    def _applied(self, node: Any) -> list[Any]:
+        """The schemas that apply to the same value as one does."""
+        found = [sub for key in ("allOf", "anyOf", "oneOf") for sub in node.get(key, ())]
+        if "$ref" in node:
+            found.append(self._target(node["$ref"], "#")[0])
+        return [sub for sub in found if isinstance(sub, dict)]
+
     def _check_endings(self) -> None:
         """Refuses what could be begun and never ended, like a list that must hold such a list."""
         ending: set[int] = set()
@@ -295,7 +338,7 @@ class _Schema:
         for key in ("anyOf", "oneOf"):
             if key in node and not any(map(ends, node[key])):
                 return False
-        kinds = _types(node)
+        kinds = types_of(node)
         if kinds - {"array", "object"}:
             return True
         items, first = node.get("items", True), node.get("prefixItems", [])
@@ -345,73 +388,3 @@ class _Schema:
         ]  # fmt: skip
         node.clear()
         node.update(items)
-
-
-def _subschemas(node: Mapping[str, Any]) -> list[tuple[Any, str]]:
-    """The schemas right inside of one, in any keyword, and where each is."""
-    found: list[tuple[Any, str]] = []
-    for key in ("items", "additionalItems", "additionalProperties"):
-        if key in node and not isinstance(node[key], list):
-            found.append((node[key], key))
-    for key in ("items", "prefixItems", "allOf", "anyOf", "oneOf"):
-        if isinstance(node.get(key), list):
-            found += [(sub, f"{key}/{i}") for i, sub in enumerate(node[key])]
-    for key in ("properties", "patternProperties"):
-        for name, sub in node.get(key, {}).items():
-            found.append((sub, f"{key}/" + name.replace("~", "~0").replace("/", "~1")))
-    return found
-
-
-def _ref_levels(node: Any) -> int:
-    """How far below a schema its deepest reference is; 0 without one."""
-    if not isinstance(node, dict):
-        return 0
-    below = max((_ref_levels(sub) for sub, _ in _subschemas(node)), default=0)
-    return below + 1 if below or "$ref" in node else 0
-
-
-def _types(node: Mapping[str, Any]) -> set[str]:
-    kinds = node.get("type", TYPES)
-    return {kinds} if isinstance(kinds, str) else set(kinds)
-
-
-def _drop_what_says_nothing(node: dict[str, Any]) -> None:
-    """Keywords that would be refused, where they constrain nothing."""
-    if "contains" not in node:
-        node.pop("minContains", None)
-        node.pop("maxContains", None)
-    if "if" not in node or not node.keys() & {"then", "else"}:
-        for key in ("if", "then", "else"):
-            node.pop(key, None)
-    nothing: dict[str, tuple[Any, ...]] = {
-        "uniqueItems": (False,), "unevaluatedItems": (True, {}),
-        "unevaluatedProperties": (True, {}), "dependencies": ({},), "dependentRequired": ({},),
-        "dependentSchemas": ({},), "propertyNames": (True, {}, {"type": "string"}),
-    }  # fmt: skip
-    for key, values in nothing.items():
-        if key in node and node[key] in values:
-            del node[key]
-
-
-def _fine_grid(node: dict[str, Any]) -> None:
-    """Numbers that must stay off a bound get nine digits behind the point: of more digits a double
-    could end up on the bound."""
-    kinds = _types(node)
-    ends = [node[k] for k in ("exclusiveMinimum", "exclusiveMaximum") if k in node]
-    if "number" not in kinds or not ends or "multipleOf" in node:
-        return
-    ends += [node[k] for k in ("minimum", "maximum") if k in node]
-    if all(abs(end) < 1e6 for end in ends) and max(ends) - min(ends) >= (len(ends) > 1) * 1e-6:
-        node["multipleOf"] = 1e-9
-
-
-def _put_behind(node: dict[str, Any], first: str, second: str) -> None:
-    """llguidance reads two keywords together only if none like anyOf comes between them."""
-    if second in node:
-        value = node.pop(second)
-        items = list(node.items())
-        node.clear()
-        for key, own in items:
-            node[key] = own
-            if key == first:
-                node[second] = value
