@@ -130,7 +130,8 @@ def test_log_likelihoods_equal_score(
 ) -> None:
     tokenizer = tmp_path / "tokenizer"
     save_tokenizer(smollm2_path, tokenizer)
-    with live_server([smollm2_path], tmp_path / "data") as live:
+    names = {"smollm2": smollm2_path.stem}
+    with live_server([smollm2_path], tmp_path / "data", aliases=names) as live:
         results, samples = run_lm_eval(live.url, tmp_path, tokenizer)
     right, furthest = 0, 0.0
     with LLM(smollm2_path) as llm:
