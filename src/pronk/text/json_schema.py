@@ -53,6 +53,7 @@ _MAX_MULTIPLE = 10_000  # an automaton of so many states
 _MAX_MULTIPLES = 50_000  # all together
 _EXACT = 2**53  # whole numbers that a double holds
 _MAX_BOUND = 2**63 - 1024  # the largest double that fits a signed 64-bit integer
+_FEW = 100  # more bounds of 64 bits would take too much of a grammar's size
 _COMBINING = ("allOf", "anyOf", "oneOf", "$ref")
 
 
@@ -87,6 +88,7 @@ class _Schema:
         self._todo: list[tuple[Any, str]] = [(root, "#")]
         self._refs: dict[str, Any] = {}
         self._multiples: list[tuple[str, int, int]] = []
+        self._integers: list[dict[str, Any]] = []
         self._combined = False
 
     def check(self) -> None:
@@ -98,6 +100,9 @@ class _Schema:
         self._check_loops()
         self._check_endings()
         self._check_multiples()
+        for node in self._integers if len(self._integers) <= _FEW else ():
+            node.setdefault("minimum", -_MAX_BOUND)  # a model may like digits for ever
+            node.setdefault("maximum", _MAX_BOUND)
         for node, at in self._seen.values():
             if "oneOf" in node:
                 self._one_of(node, at)
@@ -180,8 +185,7 @@ class _Schema:
                     self._bound(node, at, key, name, sign)
         off_the_bounds(node)
         if types_of(node) & {"integer", "number"} == {"integer"} and "multipleOf" not in node:
-            node.setdefault("minimum", -_MAX_BOUND)  # a model may like digits for ever
-            node.setdefault("maximum", _MAX_BOUND)
+            self._integers.append(node)
         if "multipleOf" in node:
             step = decimal(abs(node["multipleOf"]))
             if step is None or not 0 < step[0] <= _MAX_MULTIPLE:
