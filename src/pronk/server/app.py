@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ _ROUTERS = (
     ollama, ollama_embed, ollama_models, model_routes, files, batches, usage, metrics, page,
 )  # fmt: skip
 _IDLE_CHECK_SECONDS = 1.0
+_THREADS = 64
+"""Twice as many as there are connections to the database."""
 
 
 def create_app(
@@ -135,6 +138,9 @@ async def _running(
     """Everything that works in the background, from the start to the end of the application. What
     was started is stopped in any case, the last first."""
     async with contextlib.AsyncExitStack() as stack:
+        # By default they are a few per core. Those that wait for a database keep nobody waiting
+        # who only has a prompt to be encoded.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "work"))
         store = await asyncio.to_thread(Store, settings.data_dir, settings.database)
         stack.push_async_callback(asyncio.to_thread, store.close)
         spent = usage.Usage(store)

@@ -15,13 +15,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import sqlalchemy as sa
-
 from pronk.server.auth import Caller
 from pronk.server.batch_input import Item, check_input, read_input
 from pronk.server.batch_output import answered, write_output
 from pronk.server.disk import Files
-from pronk.server.errors import api_error_of, openai_error
+from pronk.server.errors import DATABASE_GONE, api_error_of, openai_error
 from pronk.server.storage.batches import LeaseLost, Line, StoredBatch, Tokens
 
 Json = dict[str, Any]
@@ -29,7 +27,6 @@ Execute = Callable[[str, Json, Caller], Awaitable[tuple[int, Json]]]
 """(endpoint, body, caller) -> status and body of the answer."""
 
 _OVERLOADED = (429, 503)
-_DATABASE_GONE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
 _SOME = 64
 _LONGEST_WAIT = 30.0
 _FILE_GONE = {
@@ -215,7 +212,7 @@ class Run:
         while True:
             try:
                 return await asyncio.to_thread(write)
-            except _DATABASE_GONE as error:
+            except DATABASE_GONE as error:
                 if self._closed:
                     raise
                 log.warning("database out of reach (%s); trying again", type(error).__name__)

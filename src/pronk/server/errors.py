@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import sqlalchemy as sa
+
 from pronk.core.errors import ContextLengthError, MemoryLimitError, PronkError, UserError
 
 _PARAM = re.compile(r"([\w.\[\]'-]+): ")
@@ -51,6 +53,10 @@ NO_THREADS = "thread_unsupported_request"
 """By this code Anthropic's clients know that they must send whole chats."""
 
 
+DATABASE_GONE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
+"""What SQLAlchemy raises where the database, or the way to it, is at fault."""
+
+
 def not_found(kind: str, id: str) -> ApiError:
     """An object that is not there, or that somebody else owns."""
     return ApiError(404, f"no {kind} {id!r:.100}", param="id", code="not_found")
@@ -77,7 +83,21 @@ def api_error_of(error: Exception) -> ApiError:
         return ApiError(504, str(error) or "the deadline has passed", code="deadline_exceeded")
     if isinstance(error, PronkError):
         return ApiError(500, str(error))
+    if isinstance(error, DATABASE_GONE):
+        if _is_full(error):
+            return ApiError(507, "no space is left on the disk of the server's database")
+        return ApiError(
+            503, "the server's database is out of reach; try again in a moment",
+            code="database_unavailable", headers={"Retry-After": "5"},
+        )  # fmt: skip
     return ApiError(500, f"internal error ({type(error).__name__}); the server's log says more")
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether the disk of a database is, by the codes of SQLite and of PostgreSQL."""
+    cause = getattr(error, "orig", None)
+    full = {"SQLITE_FULL", "53100"}
+    return not full.isdisjoint({getattr(cause, n, None) for n in ("sqlite_errorname", "sqlstate")})
 
 
 def context_error(error: ContextLengthError, param: str) -> ApiError:

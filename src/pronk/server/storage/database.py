@@ -30,6 +30,14 @@ FILE_NAME = "pronk.db"
 LEASE_SECONDS = 60.0
 """An instance that was not heard of for so long is dead, and others take over what it ran."""
 _BUSY_MS = 30_000
+_PATIENCE = {
+    "connect_timeout": 10,
+    "keepalives_idle": 15,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,  # milliseconds
+}
+"""Parameters of libpq: a server that vanished is noticed within half a minute, not half an hour."""
 _MIGRATION_LOCK = 0x70726F6E6B  # "pronk"
 
 
@@ -59,7 +67,7 @@ class Database:
                 self._migrate(connection)
         except BaseException as error:
             self.close()
-            if isinstance(error, sa.exc.OperationalError):
+            if isinstance(error, sa.exc.DatabaseError):
                 where = parsed.render_as_string(hide_password=True)
                 raise UserError(f"database: {where}: {str(error.orig).strip()}") from None
             raise
@@ -168,9 +176,11 @@ def _hold(lock: FileLock, path: str | None) -> None:
 
 
 def _connect(url: sa.URL) -> sa.Engine:
-    options: dict[str, Any] = {"pool_size": 8, "max_overflow": 24}
+    # prompts are parameters, and errors get into logs
+    options: dict[str, Any] = {"pool_size": 8, "max_overflow": 24, "hide_parameters": True}
     if url.get_backend_name() != "sqlite":
-        options |= {"pool_pre_ping": True, "connect_args": {"connect_timeout": 10}}
+        ours = {name: value for name, value in _PATIENCE.items() if name not in url.query}
+        options |= {"pool_pre_ping": True, "connect_args": ours}
     try:
         engine = sa.create_engine(
             url, json_serializer=partial(json.dumps, allow_nan=False), **options
