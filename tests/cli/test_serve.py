@@ -214,6 +214,8 @@ def test_a_draft_model_of_another_vocabulary(pronk: Pronk, tiny: str, tmp_path: 
         (["--no-auth", "--api-key-file", "keys.json"], "--no-auth: contradicts --api-key-file"),
         (["--tls-cert", "c.pem"], "--tls-cert: needs --tls-key, too"),
         (["--tls-cert", "c.pem", "--tls-key", "k.pem"], "--tls-cert: c.pem cannot be read"),
+        (["--tls-cert", __file__, "--tls-key", __file__], "are no certificate and its key"),
+        (["--otlp-endpoint", "nonsense"], "--otlp-endpoint: 'nonsense' is no URL"),
         (["--alias", "x"], "--alias: x is not NAME=VALUE"),
         (["--adapter", "a=/nowhere"], "/nowhere"),
         (["--ctx", "100000"], "ctx: 100000 is not a whole number from 1 to 512"),

@@ -66,6 +66,13 @@ def test_a_broken_database_is_named_at_the_start(tmp_path: Path) -> None:
         Store(tmp_path)
 
 
+def test_a_data_folder_that_cannot_be_one(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(UserError, match=r"^--data-dir: .*file"):
+            Store(path)
+
+
 def test_errors_do_not_quote_what_was_to_be_stored(tmp_path: Path) -> None:
     """Whoever logs one with its text would log a prompt."""
     store = Store(tmp_path)

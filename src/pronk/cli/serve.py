@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import ipaddress
 import os
+import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -282,6 +283,16 @@ def _check_tls(cert: str | None, key: str | None) -> None:
     for name, path in (("--tls-cert", cert), ("--tls-key", key)):
         if path is not None and not os.access(os.path.expanduser(path), os.R_OK):
             raise UserError(f"{name}: {path} cannot be read")
+    if cert is not None and key is not None:
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            files = os.path.expanduser(cert), os.path.expanduser(key)
+            context.load_cert_chain(*files, password="")  # a server has nobody to ask for one
+        except ssl.SSLError as error:
+            why = (error.reason or "not PEM").replace("_", " ").lower()
+            raise UserError(
+                f"--tls-cert: {cert} and {key} are no certificate and its key: {why}"
+            ) from None
 
 
 def _all_models() -> list[str]:

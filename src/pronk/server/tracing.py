@@ -35,6 +35,10 @@ _UNTRACED = frozenset({"/health", "/ready", "/metrics"})
 def start_tracing(endpoint: str) -> "TracerProvider":
     """Spans go to the collector at `endpoint`, the URL of its OTLP over HTTP (usually
     http://HOST:4318/v1/traces), in batches, from a thread of its own."""
+    if not endpoint.startswith(("http://", "https://")):
+        raise UserError(
+            f"--otlp-endpoint: {endpoint!r:.200} is no URL; http://localhost:4318/v1/traces is one"
+        )
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.trace.export import BatchSpanProcessor

@@ -49,7 +49,10 @@ class Database:
     ) -> None:
         self.clock = clock
         self.instance = new_id("inst_")
-        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise UserError(f"--data-dir: {data_dir} is no folder: {error.strerror}") from None
         parsed = _parse(url) if url else sa.URL.create("sqlite", database=_make(data_dir))
         self.exclusive = parsed.get_backend_name() == "sqlite"
         """No other process uses this database."""
