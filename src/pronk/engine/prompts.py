@@ -156,7 +156,12 @@ class Prompter:
         constraint = self._constraint(chat)
         if chat.tool_choice == "none":
             params = self._without_calls(params)
-        text = ReplyText(self.tokenizer, params.stop, own, known)
+        judge = None
+        if own:
+            from pronk.text.calling import CallJudge
+
+            judge = CallJudge(chat.tools, self.matchers)
+        text = ReplyText(self.tokenizer, params.stop, own, known, judge)
         return self._request(self.chat_ids(chat), params, text, constraint, who)
 
     def chat_ids(self, chat: Chat) -> list[int]:

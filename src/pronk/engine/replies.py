@@ -10,6 +10,7 @@ from pronk.text.messages import Message, ToolCall
 
 if TYPE_CHECKING:
     from pronk.text.events import Event
+    from pronk.text.parse import Judge
     from pronk.text.tokenizer import Tokenizer
 
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "abort"]
@@ -98,9 +99,10 @@ class ReplyText:
         stop: tuple[str, ...],
         tools: Collection[str],
         builtins: Collection[str] = (),
+        judge: "Judge | None" = None,
     ) -> None:
         """`tools` and `builtins`: names that may be called, the caller's own and the built-in ones;
-        without any, all that the model writes is text."""
+        without any, all that the model writes is text. `judge`: see ReplyParser."""
         from pronk.text.parse import ReplyParser
 
         self.events: list[Event] = []
@@ -109,7 +111,7 @@ class ReplyText:
         self._written = TextOut(tokenizer.stream(), stop)
         specials = {id: text for text, id in tokenizer.special_ids.items()}
         self._specials = specials if tools or builtins else {}
-        self._parser = ReplyParser(tools, builtins)
+        self._parser = ReplyParser(tools, builtins, judge=judge)
 
     @property
     def stopped(self) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pronk.core.errors import UserError
-from pronk.text.grammar import JSON_OPTIONS, Grammar
+from pronk.text.grammar import JSON_OPTIONS, Grammar, Matchers
 from pronk.text.json_schema import enforceable
 from pronk.text.tools import Tool
 
@@ -199,7 +199,8 @@ def _head(name: str) -> str:
     return rf'\{{{_SPACE}{kind}"name"{_SPACE}:{_SPACE}"{re.escape(name)}"'
 
 
-_SEPARATOR = rf'/{_SPACE},{_SPACE}"(parameters|arguments)"{_SPACE}:{_SPACE}/'
+_BETWEEN = rf'{_SPACE},{_SPACE}"(parameters|arguments)"{_SPACE}:{_SPACE}'
+_SEPARATOR = f"/{_BETWEEN}/"
 
 
 def _builtin(name: str) -> str:
@@ -225,3 +226,44 @@ def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(items := schema.get("items"), Mapping):
         out["items"] = closed(items)
     return out
+
+
+class CallJudge:
+    """Which calls of an answer the grammar has held to their schemas, and whether others fit
+    (`Judge` of parse.py). Models write calls in more forms than a grammar can hold: what begins
+    like the form that they were told to use is held, and what does not is looked at when it is
+    whole."""
+
+    def __init__(self, tools: Sequence[Tool], matchers: Matchers) -> None:
+        self._tools = {tool.name: tool for tool in tools}
+        self._matchers = matchers
+
+    def enforced(self, name: str, source: str) -> bool:
+        begins = f"{_head(name)}{_BETWEEN}|<function={re.escape(name)}>"
+        return name in self._tools and re.fullmatch(begins, source) is not None
+
+    def admits(self, name: str, arguments: Mapping[str, Any]) -> bool:
+        """Whether arguments fit the schema of their tool, as far as it can be enforced."""
+        tool = self._tools.get(name)
+        if tool is None:  # a built-in one, which takes any text
+            return True
+        try:
+            grammar = Grammar.of_json_schema(tool.parameters)
+        except UserError:
+            return True
+        text = json.dumps(in_order(arguments, tool.parameters), ensure_ascii=False)
+        return self._matchers.admits(grammar, text)
+
+
+def in_order(value: Any, schema: Any) -> Any:
+    """A JSON value with its names in the order of the schema, in which a grammar wants them."""
+    if not isinstance(schema, Mapping):
+        return value
+    if isinstance(value, list):
+        return [in_order(item, schema.get("items")) for item in value]
+    properties = schema.get("properties")
+    if not isinstance(value, Mapping) or not isinstance(properties, Mapping):
+        return value
+    names = [name for name in properties if name in value]
+    names += [name for name in value if name not in properties]
+    return {name: in_order(value[name], properties.get(name)) for name in names}

@@ -187,6 +187,7 @@ class Matchers:
     def __init__(self, tokenizer: "Tokenizer") -> None:
         vocabulary = llguidance.TokenizerWrapper(_Vocabulary(tokenizer))
         self._stop_ids = tokenizer.stop_ids
+        self._encode = tokenizer.encode
         self._tokenizer = llguidance.LLTokenizer(
             vocabulary, n_vocab=tokenizer.vocab_size, eos_token=sorted(tokenizer.stop_ids)
         )
@@ -210,6 +211,16 @@ class Matchers:
             while len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)
         return matcher
+
+    def admits(self, grammar: Grammar, text: str) -> bool:
+        """Whether a text is a whole answer of a grammar."""
+        matcher = self.matcher(grammar)
+        try:
+            for token in self._encode(text):
+                matcher.advance(token)
+        except PronkError:
+            return False
+        return matcher.complete
 
 
 class Matcher:

@@ -26,7 +26,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from pronk.text.events import (
     Event,
@@ -115,6 +115,17 @@ _BETWEEN = re.compile(r"[\s;,]")
 _BETWEEN_CHARS = " \t\r\n;,"
 
 
+class Judge(Protocol):
+    """Knows whether calls are what their tools' schemas admit (calling.py)."""
+
+    def enforced(self, name: str, source: str) -> bool:
+        """Whether a grammar sees to it that a call which begins like `source`, up to its arguments,
+        ends well."""
+        ...
+
+    def admits(self, name: str, arguments: dict[str, Any]) -> bool: ...
+
+
 class ReplyParser:
     """The incremental parser.
 
@@ -123,7 +134,8 @@ class ReplyParser:
     name. With neither, everything is text; `tools` None accepts any name (also that of a person in
     a JSON answer) and every built-in. The built-in `code_interpreter` makes Python source after
     `<|python_tag|>` a call. `call_id(index)` makes the calls' ids; by default they are random, so
-    that no two answers share one.
+    that no two answers share one. With a `judge` a call that no grammar enforces is told as a
+    whole, and only if its arguments fit.
     White space around calls and separators between them are no text.
     """
 
@@ -132,7 +144,10 @@ class ReplyParser:
         tools: Collection[str] | None,
         builtins: Collection[str] = (),
         call_id: Callable[[int], str] | None = None,
+        judge: Judge | None = None,
     ) -> None:
+        self._judge = judge
+        self._called_at = 0  # where the call being read begins
         self._builtins = BUILTIN_CALLS if tools is None else frozenset(builtins)
         self._names = None if tools is None else self._builtins.union(tools)
         self._call_id = call_id or _random_id
@@ -319,7 +334,7 @@ class ReplyParser:
         """Everything that is left, as source code."""
         source = self._source
         draft = self._draft = _Draft(_CODE, json=['{"code": "'])
-        self._start(draft)
+        self._start(draft, certain=True)
         while (yield from source.peek()):
             draft.json.append(escaped(source.text[source.pos :]))
             source.pos = len(source.text)
@@ -331,6 +346,7 @@ class ReplyParser:
     def _call(self, bare: bool) -> Steps[None]:
         """One call or list of calls in any form; `bare` allows `name(...)` without brackets."""
         c = yield from self._source.peek()
+        self._called_at = self._source.pos
         self._opened = self._source.pos if c in ("{", "[") else None
         if c == "{":
             yield from self._json_call()
@@ -526,13 +542,21 @@ class ReplyParser:
 
     def _settle(self, draft: _Draft) -> None:
         """Start and end the call if both its name and its arguments are known."""
-        if draft.name is not None and draft.complete and not draft.ended:
-            self._start(draft)
-            self._end(draft)
+        if draft.name is None or not draft.complete or draft.ended:
+            return
+        judge = None if draft.started else self._judge
+        if judge and not judge.admits(draft.name, json.loads("".join(draft.json))):
+            raise Mismatch
+        self._start(draft, certain=True)
+        self._end(draft)
 
-    def _start(self, draft: _Draft) -> None:
+    def _start(self, draft: _Draft, *, certain: bool = False) -> None:
+        """Tells of the call, unless it may yet turn out to be none."""
         if not draft.started:
             assert draft.name is not None
+            source = self._source.text[self._called_at : self._source.pos]
+            if not certain and self._judge and not self._judge.enforced(draft.name, source):
+                return
             draft.started = True
             draft.id = self._call_id(self._index)
             self._emit(ToolCallStart(self._index, draft.id, draft.name))
