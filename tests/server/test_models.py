@@ -1,6 +1,7 @@
 """Loading and unloading: whoever waits, is cancelled, fails or comes at the same time."""
 
 import asyncio
+import shutil
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -296,3 +297,20 @@ def test_time_that_a_model_takes_to_load_counts(tmp_path: Path) -> None:
     assert call.deadline(None) == 1050
     assert call.deadline(20) == 1020
     assert call.deadline(80) == 1050
+
+
+def test_a_model_is_loaded_again_without_an_adapter_whose_folder_is_gone(
+    folder: Path, tmp_path: Path
+) -> None:
+    lora = tmp_path / "lora"
+    write_adapter(lora, lora_tensors(CONFIG, seed=0))
+
+    async def use(models: Models) -> None:
+        await models.load_adapter("mine", lora)
+        await models.unload("a")
+        shutil.rmtree(lora)
+        lease = await models.acquire("a")
+        assert list(lease.llm.adapters) == []
+        lease.release()
+
+    using(folder, use)

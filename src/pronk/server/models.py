@@ -52,6 +52,7 @@ class Entry:
     adapters: dict[str, Path] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
     loaded: Loaded | None = None
+    was_loaded: bool = False
     users: int = 0
     last_used: float = 0.0
     keep_alive: float | None = None
@@ -207,6 +208,7 @@ class Models:
         try:
             async with entry.lock:
                 entry.loaded = await self._made(entry)
+                entry.was_loaded = True
         finally:
             entry.loading = None
 
@@ -320,6 +322,10 @@ async def _close(loaded: Loaded) -> None:
 def _make(entry: Entry, keep_free: int) -> LLM:
     source = entry.ref.path or entry.ref.text
     adapters = dict(entry.adapters)
+    gone = [name for name, path in adapters.items() if entry.was_loaded and not path.is_dir()]
+    for name in gone:  # the base model is of use without it
+        del adapters[name]
+        log.error("the folder of an adapter is gone", extra={"fields": {"adapter": name}})
     return LLM(source, keep_free=keep_free, adapters=adapters, progress=_noted, **entry.options)
 
 
