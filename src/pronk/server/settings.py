@@ -21,7 +21,7 @@ class ServerSettings:
     """Opens the control routes where there is no key file; None: they stay shut."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Further names of models."""
-    max_body_bytes: int = 64 << 20
+    max_body_bytes: int = 16 << 20
     max_file_bytes: int = 512 << 20
     max_schema_bytes: int = 256 << 10
     max_queue: int = 256
