@@ -135,7 +135,7 @@ def pair(value: str) -> tuple[str, str]:
     "--max-body",
     type=whole(1, 1 << 20),
     metavar="MB",
-    default=64,
+    default=16,
     show_default=True,
     help="Largest request, files apart.",
 )
