@@ -11,7 +11,7 @@ from pronk.server.bodies import BodyLimitLayer
 from pronk.server.metrics import Metrics
 
 LIMIT = 100
-FULL = 8
+FULL = 16
 
 
 class Reader:

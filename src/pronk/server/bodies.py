@@ -11,7 +11,7 @@ from pronk.server.logs import send_error
 if TYPE_CHECKING:
     from pronk.server.metrics import Metrics
 
-_TOGETHER = 8
+_TOGETHER = 16
 """Bodies of the largest size that may lie in memory at a time."""
 
 
@@ -20,7 +20,7 @@ class BodyLimitLayer:
     `larger`. It counts what arrives, so a body that does not say its length is no way around.
 
     A body is read before it is known what it asks for, and so before any limit of requests counts:
-    503 where those that are held exceed eight of the largest. (Those of `larger` go to the disk.)
+    503 where those that are held exceed sixteen of the largest. (Those of `larger` go to the disk.)
     """
 
     def __init__(
