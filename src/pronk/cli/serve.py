@@ -139,6 +139,12 @@ def pair(value: str) -> tuple[str, str]:
     show_default=True,
     help="Largest request, files apart.",
 )
+@click.option(
+    "--share-prompts",
+    is_flag=True,
+    help="Keys share what was computed for prompts that begin alike; they could then find out how"
+    " others' prompts begin.",
+)
 @click.option("--tls-cert", type=text, metavar="FILE", help="Certificate chain, PEM.")
 @click.option("--tls-key", type=text, metavar="FILE", help="Its private key, PEM.")
 @click.option(
@@ -240,6 +246,7 @@ def _settings(flags: dict[str, Any]) -> "ServerSettings":
         idle_unload=flags["idle_unload"],
         log_format=log_format,
         otlp_endpoint=flags["otlp_endpoint"],
+        share_prompts=flags["share_prompts"],
         allow_hosts=tuple(map(check_host_name, flags["hosts"])),
         allow_origins=tuple(map(check_origin, flags["origins"])),
     )

@@ -120,10 +120,7 @@ def _request(
         "seed": seed_of(body.seed, 0),
     }
     with called("response_format", "output_config.format.schema"):
-        return lease.llm.prompter.chat(
-            chat, options, adapter=lease.adapter, priority=call.priority, owner=call.caller.id,
-            deadline=call.deadline(None),
-        )  # fmt: skip
+        return lease.llm.prompter.chat(chat, options, **call.who(lease))
 
 
 # The answer as a whole.

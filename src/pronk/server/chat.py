@@ -192,13 +192,8 @@ def seed_of(seed: int | None, index: int) -> int | None:
 
 def who_of(call: Call, body: t.SamplingBody, lease: Lease, priority: int) -> dict[str, Any]:
     """Arguments of `Request` that say whose it is."""
-    return {
-        "adapter": lease.adapter,
-        "salt": (body.cache_salt or "").encode(),
-        "priority": max(call.priority, priority),
-        "owner": call.caller.id,
-        "deadline": call.deadline(body.timeout),
-    }
+    salt = body.cache_salt or ""
+    return call.who(lease, timeout=body.timeout, salt=salt, priority=priority)
 
 
 def _requests(

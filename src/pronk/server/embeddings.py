@@ -102,12 +102,7 @@ async def embed(
         D = lease.llm.config.dim
         refuse(dimensions not in (None, D), "dimensions", f"vectors of {lease.name} have {D}")
         poolers = [Pooler(pooling) for _ in texts]
-        who = {
-            "adapter": lease.adapter,
-            "priority": call.priority,
-            "owner": call.caller.id,
-            "deadline": call.deadline(timeout),
-        }
+        who = call.who(lease, timeout=timeout)
         requests = await asyncio.to_thread(_requests, lease, texts, poolers, who)
     except BaseException:
         lease.release()

@@ -180,6 +180,7 @@ async def unload_adapter(request: Request, body: AdapterName, who: Admin) -> Loa
 # Health and documentation.
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", response_model=Health, tags=["service"], summary="Is it alive?")
 async def health() -> Health:
     return Health()

@@ -64,12 +64,7 @@ def request_of(
     call: Call, lease: Lease, body: t.OllamaChatRequest | t.OllamaGenerateRequest
 ) -> engine_request.Request:
     """Raises UserError for what cannot be asked of the model."""
-    who = {
-        "adapter": lease.adapter,
-        "priority": call.priority,
-        "owner": call.caller.id,
-        "deadline": call.deadline(None),
-    }
+    who = call.who(lease)
     prompter, options = lease.llm.prompter, sampling_of(body)
     with called("response_format", "format"):
         if isinstance(body, t.OllamaChatRequest):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 
@@ -78,7 +78,11 @@ class Call:
 
     async def model(self, name: str) -> Lease:
         """The model of that name, which the caller may use; to be released."""
-        entry, adapter = self.service.models.find(name)
+        try:
+            entry, adapter = self.service.models.find(name)
+        except ApiError:
+            self.caller.check_model(name)  # who may use some only hears of those
+            raise
         self.caller.check_model(*filter(None, [adapter]), entry.name, *entry.aliases)
         try:
             lease = await self.service.models.acquire(name)
@@ -91,6 +95,22 @@ class Call:
         if info := current_request():
             info.model = lease.name
         return lease
+
+    def who(
+        self, lease: Lease, *, timeout: float | None = None, salt: str = "", priority: int = 0
+    ) -> dict[str, Any]:
+        """Arguments of the engine's `Request` that say whose it is. With keys, callers do not find
+        each other's prompts in the cache, and so cannot tell by the time it takes, or by the
+        `cached_tokens`, what those begin with; unless the settings say that they may."""
+        service = self.service
+        apart = service.keys is not None and not service.settings.share_prompts
+        return {
+            "adapter": lease.adapter,
+            "salt": (f"{self.caller.id}\0{salt}" if apart else salt).encode(),
+            "priority": max(self.priority, priority),
+            "owner": self.caller.id,
+            "deadline": self.deadline(timeout),
+        }
 
     def deadline(self, seconds: float | None) -> float | None:
         """On the clock of the engine: what was asked for, at most what the settings allow. The time

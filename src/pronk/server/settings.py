@@ -37,6 +37,8 @@ class ServerSettings:
     log_format: Literal["text", "json"] = "text"
     otlp_endpoint: str | None = None
     """Where OpenTelemetry traces go; None: nowhere."""
+    share_prompts: bool = False
+    """Whether keys share what was computed for prompts that begin alike."""
     allow_hosts: tuple[str, ...] = ()
     """Names by which a server without keys may be called, beside addresses and local names."""
     allow_origins: tuple[str, ...] = ()
