@@ -25,6 +25,10 @@ length that was asked for; usage is checked. `sampled` is temperature 0.8, top_p
 min_p 0.05 with a seed for each stream, and no penalties. llama-cpp-python's server computes one
 request at a time, while others wait; it is told not to interrupt the running one for a new one, as
 it otherwise would, and not to keep logits that nobody asked for.
+
+Greedy answers of a small model soon repeat themselves, and Pronk guesses what repeats: the sampled
+rows say more of what computing a token takes. Of the peer's 12 to 14 ms a token of SmolLM2 its
+engine takes about 9 (`cpu.md`), its server the rest.
 """
 
 
