@@ -157,7 +157,8 @@ async def _running(
             batches=None,
         )
         app.state.service = service
-        stack.push_async_callback(models.close)
+        stack.push_async_callback(models.close)  # which may write blocks for a while: usage first
+        stack.push_async_callback(asyncio.to_thread, spent.flush)
         lease = await models.acquire(models.default.name)
         lease.release()
         for work in (spent.run(), _unload_idle(models, settings.idle_unload)):
