@@ -50,6 +50,14 @@ class Served:
                 self._greeted.set()
         self._greeted.set()
 
+    def until(self, words: str) -> None:
+        """Waits until it has said so."""
+        for _ in range(PATIENCE * 100):
+            if words in self.said:
+                return
+            threading.Event().wait(0.01)
+        raise AssertionError(self.said)
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
         return self.wait()
@@ -158,6 +166,27 @@ def test_also_those_without_a_stream(serve: Serve) -> None:
     assert answers[0].status_code == 503
     assert answers[0].headers["retry-after"]
     assert answers[0].json()["error"]["message"] == "the server is stopping"
+
+
+def test_a_second_signal_ends_what_the_first_waits_for(serve: Serve) -> None:
+    served = serve()
+    chunks = stream(served.url, 8000)
+    next(chunks)
+    served.process.send_signal(signal.SIGINT)
+    served.until("stopping: 1 requests in flight")
+    served.process.send_signal(signal.SIGINT)
+    *_, last = chunks
+    assert "the server is stopping" in json.loads(last)["error"]["message"]
+    assert served.wait() == 130
+    assert "Traceback" not in served.said
+
+
+def test_two_signals_at_once(serve: Serve) -> None:
+    served = serve()
+    served.process.send_signal(signal.SIGINT)
+    served.process.send_signal(signal.SIGINT)
+    assert served.wait() == 130
+    assert "Traceback" not in served.said
 
 
 def test_tls(serve: Serve, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import BaseModel, ValidationError
 
@@ -81,3 +82,13 @@ MANY = 50_000
 )  # fmt: skip
 def test_bodies_of_nothing_but_mistakes(kind: type[BaseModel], body: Any, param: str) -> None:
     assert told(kind, {"model": "m", **body})[0] == param
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [("/chat/completions", "/v1/chat/completions"), ("/v1/v1/messages", "/v1/messages")],
+)
+def test_a_wrong_base_url_is_told(server_url: str, path: str, meant: str) -> None:
+    answer = httpx.post(f"{server_url}{path}", json={})
+    assert answer.status_code == 404
+    assert f"did you mean {meant}?" in answer.text

@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
 
 from pronk import __version__
@@ -195,6 +196,12 @@ async def _unload_idle(models: Models, seconds: float | None) -> None:
         await models.unload_idle(seconds)
 
 
+def _meant(app: FastAPI, path: str) -> str | None:
+    """The route that a client with a base URL of too much or too little was looking for."""
+    paths = {context.path for context in iter_route_contexts(app.routes)}
+    return next((p for p in (f"/v1{path}", path.removeprefix("/v1")) if p in paths), None)
+
+
 def _handle_errors(app: FastAPI) -> None:
     def answer(request: Request, error: ApiError) -> Response:
         body = error_body(request.url.path, error, request_id())
@@ -215,6 +222,8 @@ def _handle_errors(app: FastAPI) -> None:
         words = {404: f"no such route: {request.method} {request.url.path}",
                  405: f"{request.method} is not a method of {request.url.path}"}  # fmt: skip
         message = words.get(error.status_code, str(error.detail))
+        if error.status_code == 404 and (meant := _meant(app, request.url.path)):
+            message += f"; did you mean {meant}? The client's base URL is to be set accordingly"
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         return answer(
             request, ApiError(error.status_code, message, code=code, headers=error.headers)

@@ -260,7 +260,8 @@ def _locked(path: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():  # a slip of the pen would make a key that no server reads
+            raise UserError(f"{path}: there is no folder {path.parent}; make it first")
         with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS, mode=0o600):
             yield
     except Timeout:

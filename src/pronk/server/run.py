@@ -1,9 +1,11 @@
 """Runs an application until somebody stops it."""
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -13,6 +15,8 @@ from pronk.server.connections import Http, Warnings, backlog, file_limit, raise_
 from pronk.server.logs import log_config
 from pronk.server.service import Service
 from pronk.server.settings import ServerSettings
+
+log = logging.getLogger(__name__)
 
 _KEEP_ALIVE_SECONDS = 75
 _LAST_WORDS_SECONDS = 5
@@ -74,11 +78,31 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, drain_seconds: float) -> None:
         super().__init__(config)
         self._drain_seconds = drain_seconds
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._signals = 0
         self.service: Service | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal stops the server, the second ends the answers that it waits for, the
+        third ends everything."""
+        self._signals += 1
+        if self._signals == 2 and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._end_answers)
+        else:
+            super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self._drain_seconds, self._end_answers)
+        if self.service is not None and (n := self.service.limits.in_flight):
+            log.info(
+                "stopping: %d requests in flight may end within %g s; a second Ctrl-C ends them",
+                n, self._drain_seconds,
+            )  # fmt: skip
         try:
             await super().shutdown(sockets)
         finally:
@@ -102,5 +126,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.listen(backlog(file_limit()))
     except OSError as error:
         listener.close()
-        raise UserError(f"--port: {port} of {host} cannot be used: {error.strerror}") from None
+        raise UserError(
+            f"--port: {port} of {host} cannot be used: {error.strerror}; 0 takes any that is free"
+        ) from None
     return listener
